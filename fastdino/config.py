@@ -1,0 +1,400 @@
+"""Every number of a run as one frozen dataclass tree, and the presets as Python values.
+
+The docstring under a field is its `--help`. Values that cannot work raise when the config is made, naming the
+flag and what to do. Defaults are those of official DINO (Caron et al. 2021, arXiv:2104.14294) for ViT-S/16.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+Range = tuple[float, float]
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropPolicy:
+    """The multi-crop augmentation as a value: sizes, scales, probabilities, strengths (paper, section 3 and appendix B)."""
+
+    global_crops_size: int = 224
+    """Side of the two global crops in pixels; the teacher sees these."""
+    global_crops_scale: Range = (0.4, 1.0)
+    """Smallest and largest share of the image's area in a global crop. Without local crops, 0.14 1 is advised."""
+    local_crops_number: int = 8
+    """Local crops per image; only the student sees them. 0 turns multi-crop off."""
+    local_crops_size: int = 96
+    """Side of the local crops in pixels."""
+    local_crops_scale: Range = (0.05, 0.4)
+    """Smallest and largest share of the image's area in a local crop."""
+    aspect_ratio: Range = (3 / 4, 4 / 3)
+    """Smallest and largest width-to-height ratio of a crop, before it is resized to a square."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Colour jitter draws the brightness factor from 1 - this to 1 + this."""
+    contrast: float = 0.4
+    """Colour jitter draws the contrast factor from 1 - this to 1 + this."""
+    saturation: float = 0.2
+    """Colour jitter draws the saturation factor from 1 - this to 1 + this."""
+    hue: float = 0.1
+    """Colour jitter shifts the hue by up to this share of the colour circle."""
+    grayscale: float = 0.2
+    """Probability of removing colour."""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur in the first global, the second global and the local crops."""
+    blur_radius: Range = (0.1, 2.0)
+    """Smallest and largest radius of the blur in pixels of the crop (Pillow's radius: the standard deviation)."""
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of solarisation in the first global, the second global and the local crops."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channel, subtracted from pixels in 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the red, green and blue channel, divided by."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, name)
+            _check(
+                0 < low <= high <= 1,
+                f"--{name.replace('_', '-')} {low} {high}: give two shares of the image's area, 0 < low <= high <= 1",
+            )
+        low, high = self.aspect_ratio
+        _check(0 < low <= high, f"--aspect-ratio {low} {high}: give two positive ratios, the smaller first")
+        low, high = self.blur_radius
+        _check(0 <= low <= high, f"--blur-radius {low} {high}: give two radii in pixels, the smaller first")
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            values = getattr(self, name)
+            values = values if isinstance(values, tuple) else (values,)
+            _check(
+                all(0 <= p <= 1 for p in values),
+                f"--{name} {' '.join(map(str, values))}: a probability lies between 0 and 1",
+            )
+        for name in ("brightness", "contrast", "saturation"):
+            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: a strength is 0 or more")
+        _check(0 <= self.hue <= 0.5, f"--hue {self.hue}: the shift lies between 0 and 0.5")
+        _check(all(s > 0 for s in self.std), f"--std {self.std}: a standard deviation is above 0")
+        _check(
+            self.local_crops_number >= 0, f"--local-crops-number {self.local_crops_number}: give 0 or more"
+        )
+        for name in ("global_crops_size", "local_crops_size"):
+            size = getattr(self, name)
+            _check(
+                1 <= size <= 4096,
+                f"--{name.replace('_', '-')} {size}: a crop has 1 to 4096 pixels a side",
+            )
+
+    @property
+    def n_global(self) -> int:
+        """Views that the teacher sees, always the first ones."""
+        return 2
+
+    @property
+    def n_views(self) -> int:
+        """Views of one image: the global crops, then the local ones."""
+        return self.n_global + self.local_crops_number
+
+
+CROPS: dict[str, CropPolicy] = {
+    "dino": CropPolicy(),
+    "two-crop": CropPolicy(local_crops_number=0, global_crops_scale=(0.14, 1.0)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are cropped."""
+
+    data: str = ""
+    """The images: a folder (searched recursively; class sub-folders become labels, none are needed) or a text file
+    with one path a line."""
+    val: str = ""
+    """Labelled images to test k-NN on, with --data as the neighbours. Without it, each image of --data is
+    classified by the others."""
+    workers: int = -1
+    """Processes that read and crop images; 0 loads in the training process, -1 chooses by the machine's cores."""
+    max_unreadable: float = 0.01
+    """Unreadable files are skipped and named; the run stops when more than this share of an epoch is unreadable."""
+    crops: CropPolicy = field(default_factory=CropPolicy)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.workers >= -1, f"--workers {self.workers}: give 0 or more, or -1 to choose by the machine"
+        )
+        _check(
+            0 <= self.max_unreadable <= 1,
+            f"--max-unreadable {self.max_unreadable}: a share lies between 0 and 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone and its projection head (paper, section 3.1 and appendix C)."""
+
+    arch: str = "vit_small"
+    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, or a ResNet of torchvision (resnet18 ...
+    resnet152, resnext50_32x4d, wide_resnet50_2, ...)."""
+    patch_size: int = 16
+    """Side of a ViT's patches in pixels. Half the patch means four times the tokens."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student's last ViT block; it grows linearly from 0 at the first."""
+    out_dim: int = 65536
+    """Prototypes K: outputs of the head. Fewer suit small data sets."""
+    norm_last_layer: bool = True
+    """Keep the prototypes at length 1. True is steadier; False can do better with ViT-S."""
+    use_bn_in_head: bool = False
+    """Batch normalisation in the head. Helps small batches on small data leave the uniform solution."""
+    head_layers: int = 3
+    """Layers of the head's MLP."""
+    head_hidden_dim: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck_dim: int = 256
+    """Width of the l2-normalised vector before the prototypes."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim"):
+            value = getattr(self, name)
+            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        _check(
+            0 <= self.drop_path_rate < 1,
+            f"--drop-path-rate {self.drop_path_rate}: give 0 up to, not including, 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Self-distillation: temperatures, centre, teacher (paper, section 3.1, appendix D)."""
+
+    student_temp: float = 0.1
+    """Softmax temperature of the student."""
+    teacher_temp: float = 0.04
+    """Softmax temperature of the teacher after its warm-up. Above 0.07 training tends to collapse."""
+    warmup_teacher_temp: float = 0.04
+    """Teacher temperature at the start; lower it if the loss does not fall."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the run."""
+    center_momentum: float = 0.9
+    """Momentum of the centre subtracted from the teacher's outputs."""
+    momentum_teacher: float = 0.996
+    """Teacher momentum at the start; rises to 1 along a cosine. Small batches want more: 0.9995 at 256."""
+    teacher_update: Literal["momentum", "previous_epoch", "previous_iteration", "student_copy"] = "momentum"
+    """Where the teacher's weights come from. All but momentum are for study (paper, figure 6); the last two do not
+    learn."""
+
+    def __post_init__(self) -> None:
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            value = getattr(self, name)
+            _check(value > 0, f"--{name.replace('_', '-')} {value}: a temperature is above 0")
+        for name in ("center_momentum", "momentum_teacher"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: a momentum lies between 0 and 1")
+        _check(
+            self.warmup_teacher_temp_epochs >= 0,
+            f"--warmup-teacher-temp-epochs {self.warmup_teacher_temp_epochs}: give 0 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation (paper, section 3.2)."""
+
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size: int = 64
+    """Images per update, over all devices. The learning rate scales with it."""
+    accumulate: int = 1
+    """Pieces each batch is run in, one after the other: same mathematics, that much less memory."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """adamw for ViT; sgd or lars for convolutional networks."""
+    lr: float = 5e-4
+    """Peak learning rate at batch 256; scaled linearly with --batch-size."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine; not scaled."""
+    warmup_epochs: float = 10
+    """Epochs over which the learning rate rises linearly from 0. If longer than the run: a tenth of the run."""
+    weight_decay: float = 0.04
+    """Weight decay at the start; biases and one-dimensional parameters have none."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end of its cosine."""
+    clip_grad: float = 3.0
+    """Largest gradient norm; 0 turns clipping off."""
+    clip: Literal["per_tensor", "global"] = "per_tensor"
+    """per_tensor clips each parameter's gradient by its own norm, as official DINO; global all of them by one norm."""
+    freeze_last_layer: int = 1
+    """Epochs during which the prototypes get neither gradient nor decay."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            value = getattr(self, name)
+            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: change one of them",
+        )
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
+            value = getattr(self, name)
+            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+        _check(
+            self.freeze_last_layer >= 0,
+            f"--freeze-last-layer {self.freeze_last_layer}: give 0 or more epochs",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how it runs; none of it changes what is learnt, except precision and seed."""
+
+    out: str = ""
+    """Folder of the run. If it holds a run of the same configuration, that run is continued."""
+    device: str = "auto"
+    """auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute type; parameters and loss stay fp32. auto: bf16 where the device computes it natively, else fp16 on a
+    GPU and fp32 on a CPU."""
+    seed: int = 0
+    """Initial weights, image order, crops and stochastic depth follow from it alone."""
+    log_every: int = 10
+    """Updates between two lines of metrics.jsonl; only these wait for the GPU."""
+    save_every: int = 500
+    """Updates between two checkpoints. One is also written after each epoch of --keep-every-epochs, and at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every_epochs: int = 20
+    """Also keep for good the checkpoint at the end of each so many epochs; 0 keeps none."""
+    knn_every_epochs: int = 10
+    """Epochs between two k-NN evaluations of the teacher, where there are labels; 0 turns them off."""
+    max_nonfinite: int = 20
+    """Stop after so many non-finite steps in a row. Each is skipped and reported."""
+    wandb: str = ""
+    """Weights & Biases project to log to, beside metrics.jsonl and TensorBoard; needs pip install 'fastdino[wandb]'."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "keep", "max_nonfinite"):
+            value = getattr(self, name)
+            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        for name in ("keep_every_epochs", "knn_every_epochs", "seed"):
+            value = getattr(self, name)
+            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. `to_dict` and `from_dict` carry it through config.json and teacher.safetensors."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        crops, patch = self.data.crops, self.model.patch_size
+        if self.model.arch.startswith("vit"):
+            smallest = min(
+                crops.global_crops_size, crops.local_crops_size if crops.local_crops_number else 4096
+            )
+            _check(
+                smallest >= patch,
+                f"a crop of {smallest} pixels holds no patch of {patch}: lower --patch-size or raise the crop sizes",
+            )
+        micro = self.optim.batch_size // self.optim.accumulate
+        _check(
+            micro > 1 or not (self.model.use_bn_in_head or "res" in self.model.arch) or crops.n_views > 1,
+            "batch normalisation needs more than one sample in a piece: raise --batch-size or lower --accumulate",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts of JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The config of class `cls` from what `to_dict` gave; raises ValueError on a field this version does not know."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := set(values) - set(fields):
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: written by another version?"
+        )
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
+def _vit(arch: str, patch_size: int, **model: Any) -> Config:
+    return Config(model=ModelConfig(arch=arch, patch_size=patch_size, **model))
+
+
+_small = _vit("vit_small", 16)
+
+# name: (one line for --help, the whole configuration)
+PRESETS: dict[str, tuple[str, Config]] = {
+    "demo": (
+        "a small ViT on 32-pixel images: minutes on two CPU cores",
+        Config(
+            data=DataConfig(
+                crops=CropPolicy(
+                    global_crops_size=32,
+                    global_crops_scale=(0.3, 1.0),
+                    local_crops_number=4,
+                    local_crops_size=16,
+                    local_crops_scale=(0.1, 0.3),
+                )
+            ),
+            model=ModelConfig(
+                arch="vit_nano",
+                patch_size=4,
+                out_dim=512,
+                use_bn_in_head=True,
+                head_hidden_dim=512,
+                bottleneck_dim=128,
+            ),
+            optim=OptimConfig(epochs=20, warmup_epochs=2),
+            run=RunConfig(save_every=200, knn_every_epochs=5),
+        ),
+    ),
+    "vit-tiny-16": ("ViT-tiny, 16-pixel patches, official settings", _vit("vit_tiny", 16)),
+    "vit-small-16": ("ViT-S/16, official DINO's default run: 100 epochs", _small),
+    "vit-small-16-boost": (
+        "ViT-S/16, official DINO's 300-epoch recipe",
+        replace(
+            _small,
+            model=replace(_small.model, norm_last_layer=False),
+            method=replace(_small.method, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
+            optim=replace(_small.optim, epochs=300),
+        ),
+    ),
+    "vit-small-16-two-crop": (
+        "ViT-S/16 without local crops, as published: 300 epochs, no clipping",
+        replace(
+            _small,
+            data=DataConfig(crops=CROPS["two-crop"]),
+            optim=replace(_small.optim, epochs=300, clip_grad=0.0, min_lr=1e-5),
+        ),
+    ),
+    "vit-small-8": ("ViT-S/8: better features, about five times the time", _vit("vit_small", 8)),
+    "vit-base-16": ("ViT-B/16", _vit("vit_base", 16)),
+    "vit-base-8": ("ViT-B/8", _vit("vit_base", 8)),
+    "resnet50": (
+        "ResNet-50, official DINO's settings: SGD, no growing weight decay",
+        Config(
+            data=DataConfig(
+                crops=CropPolicy(global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14)),
+            ),
+            model=ModelConfig(arch="resnet50"),
+            optim=OptimConfig(optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
+        ),
+    ),
+}
