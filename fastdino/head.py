@@ -36,8 +36,8 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """Features (B, in_dim) to logits (B, out_dim): Linear-[BN]-GELU-...-Linear, l2-normalise, prototypes.
 
-    `norm_last_layer` keeps the prototypes at length 1: weight_g gets no gradient. State-dict names are official
-    DINO's: mlp.0, mlp.2, ... (mlp alone if nlayers is 1), last_layer.weight_g, last_layer.weight_v.
+    `norm_last_layer` keeps the prototypes at length 1: weight_g gets no gradient. State-dict names are those
+    of official DINO: mlp.0, mlp.2, ... (mlp alone if nlayers is 1), last_layer.weight_g, last_layer.weight_v.
     Raises ValueError when nlayers is below 1.
     """
 

@@ -17,7 +17,7 @@ NAMES = (
 
 
 def resnet(name: str) -> nn.Module:
-    """The network `name`, untrained: (B, 3, H, W) -> (B, embed_dim). State-dict names: torchvision's, less fc.
+    """The network `name`, untrained: (B, 3, H, W) -> (B, embed_dim). State-dict names: torchvision's, no fc.
 
     Its attribute embed_dim is the width of the features. Raises ValueError on a name that is not in NAMES.
     """

@@ -87,8 +87,8 @@ class VisionTransformer(nn.Module):
     """A vision transformer with official DINO's mathematics and state-dict names.
 
     `img_size`, pixels or (height, width), fixes the base grid: the shape of the learnt position embedding.
-    Images of any other size that hold a patch are taken too, with the embedding interpolated. Raises ValueError
-    on sizes that cannot be.
+    Images of any other size that hold a patch are taken too, with the embedding interpolated. Raises
+    ValueError on sizes that cannot be.
     """
 
     def __init__(
