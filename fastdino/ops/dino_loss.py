@@ -1,0 +1,331 @@
+"""DINO loss over all pairs of crops, forward and backward, without a temporary of the logits' size.
+
+x_v = s_v / ts,  q_g = softmax((t_g - c) / tt),  p_v = softmax(x_v),  weights M[v, g],  m_v = sum_g M[v, g],
+T_v = sum_g M[v, g] q_g,  n = sum M,  B images:
+
+    L       = 1 / (n B)    * sum_b sum_v [ m_v * logsumexp(x_v) - <T_v, x_v> ]       (because sum_k q_k = 1)
+    dL/ds_v = 1 / (n B ts) * (m_v * p_v - T_v)
+
+Student (V, B, K), teacher (G, B, K), centre (K,). Everything is accumulated in float32, or in float64 if a
+logit is float64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _teacher_probs(teacher: Tensor, center: Tensor, temp: Tensor, stats: Tensor) -> Tensor:
+    # q = exp((t - c - max) / tt - log_sum): the maximum leaves before the division, which would round it away
+    return (
+        (teacher.to(center.dtype) - center)
+        .sub_(stats[0, ..., None])
+        .div_(temp)
+        .sub_(stats[1, ..., None])
+        .exp_()
+    )
+
+
+def _stats(x: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row, log of its sum of exp((x - maximum) / temp): NaN where a softmax would be."""
+    top = x.amax(-1)
+    return top, (x - top[..., None]).div_(temp).exp_().sum(-1).log_()
+
+
+def dino_loss_ref(
+    student: Tensor,  # (V, B, K)
+    teacher: Tensor,  # (G, B, K)
+    center: Tensor,  # (K,) in the accumulation dtype, as all below
+    student_temp: Tensor,  # ()
+    teacher_temp: Tensor,  # ()
+    pair_weights: Tensor,  # (V, G)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), maximum and log-sum of each row of student (2, V, B) and teacher (2, G, B), teacher's mean."""
+    dtype, batch = center.dtype, student.shape[1]
+    wide = teacher.to(dtype)
+    teacher_mean = wide.mean((0, 1))
+    teacher_stats = torch.stack(_stats(wide - center, teacher_temp))
+    q = _teacher_probs(teacher, center, teacher_temp, teacher_stats)
+    student_stats = center.new_empty(2, *student.shape[:2])
+    loss = center.new_zeros((), dtype=torch.float64)
+    for v, weights in enumerate(pair_weights):
+        row = student[v].to(dtype)
+        student_stats[0, v], student_stats[1, v] = _stats(row, student_temp)
+        # sum_g M (log_sum - <q, x - max>): equal to the formula, and exact where x is large
+        shifted = (row - student_stats[0, v, :, None]).div_(student_temp)
+        for g, weight in enumerate(weights):
+            pair = student_stats[1, v] - (q[g] * shifted).sum(-1)
+            loss += torch.where(weight == 0, 0, weight * pair.sum(dtype=torch.float64))
+    loss = (loss / (pair_weights.sum() * batch)).to(dtype)
+    return loss, student_stats, teacher_stats, teacher_mean
+
+
+def dino_loss_bwd_ref(
+    grad_student: Tensor,  # (V, B, K), written; may be the student itself
+    grad: Tensor,  # () upstream
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+) -> None:
+    """Gradient of the loss for the student's logits, from the forward's statistics."""
+    scale = grad / (pair_weights.sum() * student.shape[1] * student_temp)
+    q = _teacher_probs(teacher, center, teacher_temp, teacher_stats)
+    for v, weights in enumerate(pair_weights):
+        row = student[v].to(center.dtype)
+        out = (
+            (row - student_stats[0, v, :, None]).div_(student_temp).sub_(student_stats[1, v, :, None]).exp_()
+        )
+        out *= weights.sum()
+        for g, weight in enumerate(weights):
+            out -= torch.where(weight == 0, 0, weight * q[g])
+        grad_student[v] = out.mul_(scale)
+
+
+@torch.library.custom_op("fastdino::dino_loss", mutates_args=())
+def _dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    impl: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dino_loss_ref(student, teacher, center, student_temp, teacher_temp, pair_weights)
+
+
+@_dino_loss.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    impl: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (v, b, k), g = student.shape, teacher.shape[0]
+    return center.new_empty(()), center.new_empty(2, v, b), center.new_empty(2, g, b), center.new_empty(k)
+
+
+@torch.library.custom_op("fastdino::dino_loss_bwd", mutates_args=())
+def _dino_loss_bwd(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    impl: str,
+) -> Tensor:
+    grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    _backward_into(
+        grad_student,
+        grad,
+        student,
+        teacher,
+        center,
+        student_temp,
+        teacher_temp,
+        pair_weights,
+        student_stats,
+        teacher_stats,
+        impl,
+    )
+    return grad_student
+
+
+@_dino_loss_bwd.register_fake
+def _(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    impl: str,
+) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+@torch.library.custom_op("fastdino::dino_loss_bwd_", mutates_args=("student",))
+def _dino_loss_bwd_(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    impl: str,
+) -> None:
+    _backward_into(
+        student,
+        grad,
+        student,
+        teacher,
+        center,
+        student_temp,
+        teacher_temp,
+        pair_weights,
+        student_stats,
+        teacher_stats,
+        impl,
+    )
+
+
+def _backward_into(grad_student: Tensor, *args: Any) -> None:
+    *tensors, _ = args
+    dino_loss_bwd_ref(grad_student, *tensors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, impl, inplace_backward = inputs
+    _, student_stats, teacher_stats, teacher_mean = output
+    ctx.mark_non_differentiable(student_stats, teacher_stats, teacher_mean)
+    ctx.save_for_backward(*tensors, student_stats, teacher_stats)
+    ctx.impl, ctx.inplace_backward = impl, inplace_backward
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 7
+    if not ctx.needs_input_grad[0]:
+        return None, *nothing
+    student, *rest = ctx.saved_tensors
+    if ctx.inplace_backward and not torch.compiler.is_compiling():
+        _dino_loss_bwd_(grad, student.detach(), *rest, ctx.impl)
+        return student.detach(), *nothing
+    return _dino_loss_bwd(grad, student, *rest, ctx.impl), *nothing
+
+
+_dino_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def choose(device: torch.device) -> tuple[str, str]:
+    """The implementation that "auto" takes on a device, and why none that is faster."""
+    return "torch", "nothing faster is built"
+
+
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    temps: dict[str, float | Tensor],
+    pair_weights: Tensor | None,
+    impl: str,
+) -> None:
+    for name, x, dims in (("student", student, "(V, B, K)"), ("teacher", teacher, "(G, B, K)")):
+        if x.ndim != 3 or 0 in x.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: give logits of shape {dims}, none of them 0"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}: give float32, bfloat16, float16 or float64")
+    if student.shape[1:] != teacher.shape[1:]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in images or "
+            "prototypes, the last two sizes"
+        )
+    if center.shape != student.shape[2:]:
+        raise ValueError(
+            f"center has shape {tuple(center.shape)}: give ({student.shape[2]},), one number a prototype"
+        )
+    if student.device != teacher.device or student.device != center.device:
+        raise ValueError(
+            f"student is on {student.device}, teacher on {teacher.device}, center on {center.device}"
+        )
+    for name, temp in temps.items():
+        if isinstance(temp, Tensor):
+            if temp.numel() != 1:
+                raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
+        elif not temp > 0:
+            raise ValueError(f"{name} is {temp}: a temperature is above 0")
+    pairs = (student.shape[0], teacher.shape[0])
+    if pair_weights is None and pairs == (1, 1):
+        raise ValueError(
+            "one crop on each side leaves no pair of different crops: give pair_weights of shape (1, 1)"
+        )
+    if pair_weights is not None and pair_weights.shape != pairs:
+        raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}: give (V, G) = {pairs}")
+    if impl not in ("auto", "torch"):
+        raise ValueError(f"impl is {impl!r}: give auto or torch")
+
+
+def dino_loss(
+    student: Tensor,  # (V, B, K)
+    teacher: Tensor,  # (G, B, K)
+    center: Tensor,  # (K,)
+    *,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    pair_weights: Tensor | None = None,  # (V, G)
+    impl: str = "auto",
+    inplace_backward: bool = False,
+    return_teacher_mean: bool = False,
+) -> Any:
+    """Mean cross-entropy of the teacher's centred, sharpened output and the student's, over pairs of crops.
+
+    Args:
+        student: logits (V, B, K) of all crops, float32, bfloat16, float16 or float64, in any layout.
+        teacher: logits (G, B, K) of the first G crops; no gradient flows to it. Its dtype may differ.
+        center: (K,), subtracted from the teacher's logits.
+        student_temp: temperature, a number or a tensor of one element. A tensor on the logits' device lets a
+            schedule change it without a recompilation or a new CUDA graph.
+        teacher_temp: likewise.
+        pair_weights: (V, G), weight of student crop v against teacher crop g; None is official DINO: 1, and 0
+            where v == g. The loss is divided by their sum, which must not be 0.
+        impl: "auto" or "torch".
+        inplace_backward: write the gradient over the student's logits, which saves a tensor of their size.
+            Only for logits that nobody reads after the loss; autograd raises if another operation saved them.
+            Ignored under torch.compile.
+        return_teacher_mean: also return the mean of the teacher's logits over crops and images, which comes
+            out of the same pass.
+
+    Returns:
+        The loss, a float32 scalar (float64 if a logit is float64); with `return_teacher_mean` also the mean,
+        (K,).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a temperature is not above 0.
+
+    Source: Caron et al. 2021, section 3.1 and algorithm 1.
+    """
+    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    _check(student, teacher, center, temps, pair_weights, impl)
+    dtype, device = _accumulator(student, teacher), student.device
+    if pair_weights is None:
+        pair_weights = torch.ones(
+            student.shape[0], teacher.shape[0], dtype=dtype, device=device
+        ).fill_diagonal_(0)
+    loss, _, _, teacher_mean = _dino_loss(
+        student,
+        teacher.detach(),
+        center.detach().to(dtype),
+        *(torch.as_tensor(t, dtype=dtype, device=device).detach().reshape(()) for t in temps.values()),
+        pair_weights.detach().to(device, dtype),
+        choose(device)[0] if impl == "auto" else impl,
+        inplace_backward,
+    )
+    return (loss, teacher_mean) if return_teacher_mean else loss

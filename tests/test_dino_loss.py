@@ -1,0 +1,266 @@
+"""The loss and its gradient against official DINO's formula in float64.
+
+Bound: twice the error of that formula computed in float32 on the same inputs, plus one rounding to the
+output's dtype.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdino.ops import dino_loss
+from fastdino.ops.dino_loss import _dino_loss
+
+IMPLS = ["torch"]
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def official(
+    student: Tensor, teacher: Tensor, center: Tensor, ts: float, tt: float, weights: Tensor
+) -> Tensor:
+    """Pair by pair, as the paper writes it: the weighted terms (pairs, B), whose sum is the loss."""
+    terms = []
+    for g in range(teacher.shape[0]):
+        q = torch.softmax((teacher[g] - center) / tt, -1)
+        for v in range(student.shape[0]):
+            if weights[v, g]:
+                terms.append(weights[v, g] * (-q * torch.log_softmax(student[v] / ts, -1)).sum(-1))
+    return torch.stack(terms) / (weights.sum() * student.shape[1])
+
+
+def by_formula(
+    dtype: torch.dtype, student: Tensor, teacher: Tensor, center: Tensor, *args, upstream: float = 1.0
+):
+    s = student.detach().to(dtype).requires_grad_()
+    terms = official(s, teacher.to(dtype), center.to(dtype), *args)
+    (grad,) = torch.autograd.grad(terms.sum() * upstream, s)
+    return terms.detach(), grad
+
+
+def default_weights(v: int, g: int) -> Tensor:
+    return 1 - torch.eye(v, g)
+
+
+def logits(v: int, g: int, b: int, k: int, scale: float = 1.0, student=torch.float32, teacher=torch.float32):
+    s = (torch.randn(v, b, k) * scale).to(student)
+    t = (torch.randn(g, b, k) * scale).to(teacher)
+    return s, t, torch.randn(k) * 0.1 * scale
+
+
+def check(
+    impl: str, s: Tensor, t: Tensor, c: Tensor, ts: float = 0.1, tt: float = 0.04, weights=None, upstream=1.0
+):
+    leaf = s.detach().requires_grad_()
+    loss, mean = dino_loss(
+        leaf,
+        t,
+        c,
+        student_temp=ts,
+        teacher_temp=tt,
+        pair_weights=weights,
+        impl=impl,
+        return_teacher_mean=True,
+    )
+    (grad,) = torch.autograd.grad(loss * upstream, leaf)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == s.dtype
+    used = default_weights(s.shape[0], t.shape[0]) if weights is None else weights
+    true_terms, true_grad = by_formula(torch.float64, s, t, c, ts, tt, used, upstream=upstream)
+    plain_terms, plain_grad = by_formula(torch.float32, s, t, c, ts, tt, used, upstream=upstream)
+    # one number's error may vanish by luck: the measure is that of the worst term, as if all erred like it
+    worst = (plain_terms - true_terms).abs().max() * len(true_terms.flatten())
+    assert_as_accurate(loss.detach(), true_terms.sum(), true_terms.sum() + worst)
+    assert_as_accurate(grad, true_grad, plain_grad)
+    assert_as_accurate(mean, t.double().mean((0, 1)), t.float().mean((0, 1)))
+
+
+def assert_as_accurate(x: Tensor, truth: Tensor, plain: Tensor) -> None:
+    info = torch.finfo(x.dtype)
+    bound = (
+        2 * (plain.double() - truth).abs().max()
+        + info.eps * truth.abs() / 2
+        + info.smallest_normal * info.eps
+    )
+    excess = ((x.double() - truth).abs() - bound).max()
+    assert excess <= 0, f"{excess:.3g} beyond the bound {bound.max():.3g}"
+
+
+SHAPES = [  # V, G, B, K
+    (10, 2, 3, 1000),
+    (4, 2, 1, 257),
+    (2, 2, 5, 64),  # V == G: no local crop
+    (3, 1, 2, 33),  # one global crop
+    (2, 1, 1, 1),  # the loss of one prototype is 0
+    (3, 3, 2, 7),
+    (1, 2, 2, 50),  # fewer crops for the student than for the teacher
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradient_are_as_accurate_as_the_formula(impl, shape, poison):
+    check(impl, *logits(*shape))
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_side_has_its_own_dtype(impl, student, teacher, poison):
+    check(impl, *logits(5, 2, 3, 301, student=student, teacher=teacher))
+
+
+@pytest.mark.parametrize(("ts", "tt"), [(0.1, 0.01), (0.01, 0.07), (1.0, 1.0)])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_large_logits_and_small_temperatures(impl, ts, tt, scale):
+    check(impl, *logits(4, 2, 2, 500, scale), ts, tt)
+
+
+def test_gradient_follows_the_upstream_gradient(impl):
+    check(impl, *logits(4, 2, 2, 100), upstream=0.37)
+    check(impl, *logits(4, 2, 2, 100, student=torch.float16), upstream=1024.0)
+
+
+def test_pair_weights_choose_and_weigh_the_pairs(impl):
+    weights = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    check(impl, *logits(4, 2, 3, 100), weights=weights)
+    check(impl, *logits(1, 1, 3, 100), weights=torch.ones(1, 1))
+
+
+def test_equal_and_one_hot_rows(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    check(impl, torch.zeros_like(s), torch.zeros_like(t), torch.zeros_like(c))
+    s[..., 3] = t[..., 5] = 1e4
+    check(impl, s, t, c)
+
+
+def test_layout_does_not_matter(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    check(
+        impl,
+        s.transpose(0, 1).contiguous().transpose(0, 1),
+        t.transpose(0, 2).contiguous().transpose(0, 2),
+        c,
+    )
+    check(impl, torch.randn(4, 3, 203)[..., 1:101], torch.randn(2, 3, 200)[..., ::2], torch.randn(200)[::2])
+    check(impl, torch.randn(4, 1, 100).expand(4, 3, 100), t, torch.randn(1).expand(100))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_non_finite_logits_give_what_the_formula_gives(impl, side, value):
+    s, t, c = logits(4, 2, 3, 100)
+    (s if side == "student" else t)[1, 1, 7] = value
+    leaf = s.clone().requires_grad_()
+    loss = dino_loss(leaf, t, c, student_temp=0.1, teacher_temp=0.4, impl=impl)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    plain_terms, plain_grad = by_formula(torch.float32, s, t, c, 0.1, 0.4, default_weights(4, 2))
+    torch.testing.assert_close(loss.detach(), plain_terms.sum(), equal_nan=True)
+    torch.testing.assert_close(grad, plain_grad, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_float64_passes_gradcheck():
+    s, t, c = (x.double() for x in logits(3, 2, 2, 9))
+    temps = {"student_temp": 0.1, "teacher_temp": 0.04}
+    assert torch.autograd.gradcheck(lambda s: dino_loss(s, t, c, **temps), s.requires_grad_())
+    assert dino_loss(s, t, c, **temps).dtype == torch.float64
+
+
+def test_gradient_is_written_over_the_logits_when_asked(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    leaf, twin = s.clone().requires_grad_(), s.clone().requires_grad_()
+    raw, copy = leaf * 2, twin * 2
+    temps = {"student_temp": 0.1, "teacher_temp": 0.04, "impl": impl}
+    (dino_loss(raw, t, c, **temps, inplace_backward=True) * 3).backward()
+    (dino_loss(copy, t, c, **temps) * 3).backward()
+    assert torch.equal(leaf.grad, twin.grad)
+    assert torch.equal(raw.detach() * 2, leaf.grad)  # the logits' memory holds their gradient
+    assert torch.equal(copy, twin * 2)
+
+
+def test_overwriting_logits_that_autograd_needs_raises(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    saved = s.requires_grad_().exp()  # exp saves its output for its own backward
+    loss = dino_loss(saved, t, c, student_temp=0.1, teacher_temp=0.04, impl=impl, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_autocast_changes_nothing(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    temps = {"student_temp": 0.1, "teacher_temp": 0.04, "impl": impl}
+    loss = dino_loss(s, t, c, **temps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dino_loss(s, t, c, **temps), loss)
+
+
+def test_temperatures_may_be_tensors(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    a = dino_loss(s, t, c, student_temp=torch.tensor(0.1), teacher_temp=torch.tensor([0.04]), impl=impl)
+    assert torch.equal(a, dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04, impl=impl))
+
+
+def test_no_gradient_reaches_teacher_or_centre(impl):
+    s, t, c = (x.requires_grad_() for x in logits(4, 2, 3, 100))
+    dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04, impl=impl).backward()
+    assert s.grad is not None
+    assert t.grad is None
+    assert c.grad is None
+
+
+def test_compiles_in_one_graph(impl):
+    s, t, c = logits(4, 2, 3, 100)
+    s.requires_grad_()
+
+    def loss(s: Tensor, temp: Tensor) -> Tensor:
+        return dino_loss(s, t, c, student_temp=0.1, teacher_temp=temp, impl=impl)
+
+    compiled, temp = torch.compile(loss, fullgraph=True, backend="aot_eager"), torch.tensor(0.04)
+    expected, result = loss(s, temp), compiled(s, temp)
+    assert torch.equal(result, expected)
+    assert torch.equal(*(torch.autograd.grad(x, s)[0] for x in (result, expected)))
+
+
+def test_operator_passes_opcheck(impl):
+    s, t, c = logits(3, 2, 2, 20)
+    temp = torch.tensor(0.1)
+    args = (s.requires_grad_(), t, c, temp, temp, default_weights(3, 2), impl, False)
+    torch.library.opcheck(_dino_loss, args)
+
+
+BAD = {
+    "student has shape": {"student": (4, 100)},
+    "teacher has shape": {"teacher": (0, 3, 100)},
+    "differ in images": {"teacher": (2, 2, 100)},
+    r"give \(100,\)": {"center": (1, 100)},
+    r"\(V, G\) = \(4, 2\)": {"pair_weights": (2, 4)},
+    "student_temp is 0": {"student_temp": 0},
+    "teacher_temp has shape": {"teacher_temp": (2,)},
+    "impl is 'fast'": {"impl": "fast"},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), BAD.items(), ids=str)
+def test_impossible_arguments_raise_and_say_what_was_given(message, change):
+    good = {
+        "student": (4, 3, 100),
+        "teacher": (2, 3, 100),
+        "center": (100,),
+        "student_temp": 0.1,
+        "teacher_temp": 0.04,
+    }
+    given = {n: torch.zeros(x) if isinstance(x, tuple) else x for n, x in (good | change).items()}
+    with pytest.raises(ValueError, match=message):
+        dino_loss(given.pop("student"), given.pop("teacher"), given.pop("center"), **given)
+
+
+def test_one_crop_a_side_needs_pair_weights():
+    with pytest.raises(ValueError, match="no pair"):
+        dino_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(3), student_temp=1, teacher_temp=1)
+
+
+def test_integers_raise():
+    x = torch.zeros(2, 2, 3)
+    with pytest.raises(ValueError, match="int64"):
+        dino_loss(x.long(), x, torch.zeros(3), student_temp=1, teacher_temp=1)

@@ -1,0 +1,133 @@
+"""The teacher update against its formula in float64."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdino.ops import ema_
+from fastdino.ops.ema import _ema_
+
+IMPLS = ["torch"]
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def lists(
+    teacher: torch.dtype = torch.float32, student: torch.dtype = torch.float32
+) -> tuple[list[Tensor], ...]:
+    shapes = [(), (1,), (7,), (33, 65), (3, 5, 7), (0,), (130, 129), (2, 3)]
+    return [torch.randn(x).to(teacher) for x in shapes], [torch.randn(x).to(student) for x in shapes]
+
+
+def assert_updated(before: list[Tensor], student: list[Tensor], after: list[Tensor], momentum: float) -> None:
+    for b, s, a in zip(before, student, after, strict=True):
+        truth = momentum * b.double() + (1 - momentum) * s.double()
+        size = torch.maximum(b.double().abs(), s.double().abs())
+        # three float32 roundings of terms no larger than `size`, then one to the teacher's dtype
+        bound = 3 * torch.finfo(torch.float32).eps * size + torch.finfo(a.dtype).eps / 2 * truth.abs()
+        assert ((a.double() - truth).abs() <= bound).all()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
+@pytest.mark.parametrize("student", DTYPES[:3])
+@pytest.mark.parametrize("teacher", DTYPES)
+def test_update_follows_the_formula(impl, teacher, student, momentum):
+    t, s = lists(teacher, student)
+    before, given = copy.deepcopy(t), copy.deepcopy(s)
+    ema_(t, s, momentum, impl=impl)
+    assert_updated(before, s, t, momentum)
+    assert all(torch.equal(a, b) for a, b in zip(s, given, strict=True))
+
+
+def test_dtypes_may_differ_within_the_list(impl):
+    t, s = lists()
+    t[1], s[3], t[4] = t[1].double(), s[3].bfloat16(), t[4].half()
+    before = copy.deepcopy(t)
+    ema_(t, s, 0.9, impl=impl)
+    assert_updated(before, s, t, 0.9)
+
+
+def test_layout_does_not_matter(impl):
+    t = [torch.randn(6, 4).t(), torch.randn(8)[::2], torch.randn(3, 3)]
+    s = [torch.randn(4, 6), torch.randn(4), torch.randn(3, 3).t()]
+    before = copy.deepcopy(t)
+    ema_(t, s, 0.9, impl=impl)
+    assert_updated(before, s, t, 0.9)
+
+
+def test_momentum_may_be_a_tensor(impl):
+    t, s = lists()
+    twin = copy.deepcopy(t)
+    ema_(t, s, torch.tensor(0.9), impl=impl)
+    assert_updated(twin, s, t, 0.9)
+
+
+def test_modules_average_their_parameters_and_keep_their_buffers(impl):
+    student = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    teacher = copy.deepcopy(student)
+    student(torch.randn(4, 3))
+    for p in student.parameters():
+        p.data.normal_()
+    before = [p.detach().clone() for p in teacher.parameters()]
+    ema_(teacher, student, 0.9, impl=impl)
+    assert_updated(before, list(student.parameters()), [p.detach() for p in teacher.parameters()], 0.9)
+    assert torch.equal(teacher[1].running_mean, torch.zeros(5))
+
+
+def test_a_wrapped_student_matches_its_plain_teacher(impl):
+    student = nn.Linear(3, 5)
+    teacher = copy.deepcopy(student)
+    wrapped = torch.compile(student)
+    student.weight.data.zero_()
+    before = teacher.weight.detach().clone()
+    ema_(teacher, wrapped, 0.5, impl=impl)
+    assert torch.equal(teacher.weight, before / 2)
+
+
+def test_mismatch_names_the_first_parameter_that_differs():
+    wide, narrow = (
+        nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)),
+        nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)),
+    )
+    with pytest.raises(ValueError, match=r"1\.weight has shape \(2, 5\) in the teacher, \(3, 5\)"):
+        ema_(wide, narrow, 0.9)
+    with pytest.raises(ValueError, match=r"only the teacher has 1\.weight"):
+        ema_(wide, narrow[:1], 0.9)
+    with pytest.raises(ValueError, match=r"teacher has parameter 0\.weight where student has weight"):
+        ema_(wide, nn.Linear(3, 5), 0.9)
+    with pytest.raises(ValueError, match="tensor 1 is"):
+        ema_([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], [torch.zeros(1), torch.zeros(1)], 0.9)
+
+
+def test_nothing_is_changed_when_a_later_parameter_does_not_match():
+    t = [torch.zeros(2), torch.zeros(2)]
+    with pytest.raises(ValueError, match="tensor 1"):
+        ema_(t, [torch.ones(2), torch.ones(3)], 0.5)
+    assert not t[0].any()
+
+
+def test_shared_memory_raises():
+    student = nn.Linear(3, 5)
+    teacher = copy.deepcopy(student)
+    teacher.bias = student.bias
+    with pytest.raises(ValueError, match="bias of teacher and student share memory"):
+        ema_(teacher, student, 0.9)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_impossible_momentum_raises(momentum):
+    with pytest.raises(ValueError, match="momentum is"):
+        ema_([torch.zeros(1)], [torch.ones(1)], momentum)
+
+
+def test_operator_passes_opcheck(impl):
+    t, s = lists()
+    torch.library.opcheck(_ema_, (t, s, torch.tensor(0.9), impl))
