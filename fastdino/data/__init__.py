@@ -1,0 +1,277 @@
+"""Batches of crops for a whole run: which images make each batch, and the workers that load and crop them."""
+
+import math
+import os
+import signal
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastdino.config import CropPolicy
+from fastdino.data.crops import draw, render, to_tensor
+from fastdino.data.sources import Source, Unreadable, open_source
+
+__all__ = [
+    "Batch",
+    "Loader",
+    "Source",
+    "Unreadable",
+    "crop_size_warning",
+    "make_loader",
+    "open_source",
+    "steps_per_epoch",
+]
+
+MAX_IN_A_ROW = 100  # unreadable files one after the other, before the run stops
+
+
+@dataclass
+class Batch:
+    """Views of B images, on the CPU."""
+
+    views: list[Tensor]  # in the order g1 g2 l1 ... ln, each uint8 (B, 3, size, size), contiguous
+    indices: Tensor  # int64 (B,): the images used, as numbered by the source
+    unreadable: list[str]  # paths of this batch's files that could not be read; others took their places
+    reasons: list[str]  # why, in the same order
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches in a pass over n images, without the last incomplete one, as official DINO.
+
+    Raises ValueError if there is none.
+    """
+    if n < batch_size:
+        raise ValueError(
+            f"--batch-size {batch_size} is larger than the {n} images: lower it to {n} or less, or add images"
+        )
+    return n // batch_size
+
+
+def crop_size_warning(source: Source, policy: CropPolicy) -> str | None:
+    """What to tell the user if the global crops are more than twice as large as the images, else None.
+
+    Reads the headers of at most 64 images, spread evenly; unreadable ones are left out.
+    """
+    shorts = []
+    for i in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int):
+        try:
+            shorts.append(min(source.size(int(i))))
+        except Unreadable:
+            continue
+    if not shorts or (short := statistics.median(shorts)) * 2 >= policy.global_crops_size:
+        return None
+    return (
+        f"the images' shorter side is {short:g} pixels (median of {len(shorts)}), under half of the global "
+        f"crops' {policy.global_crops_size}: lower --global-crops-size, --local-crops-size and "
+        "--patch-size to match"
+    )
+
+
+def make_loader(
+    source: Source,
+    policy: CropPolicy,
+    *,
+    batch_size: int,
+    pieces: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    workers: int,
+    pin: bool,
+) -> "Loader":
+    """The batches of steps start_step to total_steps - 1; a step has `pieces` of them, of batch_size / pieces.
+
+    The order of images follows from (seed, epoch), their crops from (seed, epoch, index): a run resumed at
+    any step, with any number of workers, sees what the uninterrupted run would have seen. A file that cannot
+    be read gives its place to the next one that can, with the crops of the first; after 100 in a row
+    iterating raises Unreadable.
+
+    workers: processes; 0 loads in this one, -1 takes the cores that this process may use, less one. pin:
+    batches come in pinned memory. Raises ValueError where batch_size is larger than the source or not a
+    multiple of pieces; iterating raises RuntimeError if a worker dies.
+    """
+    if batch_size % pieces:
+        raise ValueError(
+            f"--batch-size {batch_size} is not a multiple of --accumulate {pieces}: change one of them"
+        )
+    steps_per_epoch(len(source), batch_size)
+    workers = _choose_workers(batch_size // pieces) if workers < 0 else workers
+    return Loader(
+        DataLoader(
+            _Crops(source, policy, seed),
+            batch_sampler=_Order(len(source), batch_size, pieces, seed, start_step, total_steps),
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin,
+            worker_init_fn=_init_worker,
+            prefetch_factor=2 if workers else None,
+            generator=torch.Generator(),  # else the loader would draw from torch's global generator
+        ),
+        policy,
+    )
+
+
+class Loader:
+    """Iterates over a run's batches; workers start with the iteration and end with it."""
+
+    def __init__(self, loader: DataLoader, policy: CropPolicy) -> None:
+        self._loader = loader
+        self._sizes = _view_sizes(policy)
+
+    @property
+    def workers(self) -> int:
+        """Processes that load; 0 if this one does."""
+        return self._loader.num_workers
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                loaded = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"a process that loads images died ({str(error).strip()}): often memory ran out; lower "
+                    "--workers or --batch-size, or give the container more shared memory (--shm-size), and "
+                    "start again"
+                ) from error
+            if isinstance(loaded, Unreadable):
+                raise loaded
+            pixels, indices, failed = loaded
+            n = len(indices)
+            views = pixels.split([n * 3 * size * size for size in self._sizes])
+            yield Batch(
+                views=[v.view(n, 3, size, size) for v, size in zip(views, self._sizes, strict=True)],
+                indices=indices,
+                unreadable=[path for path, _ in failed],
+                reasons=[reason for _, reason in failed],
+            )
+
+
+Loaded = tuple[
+    Tensor, Tensor, list[tuple[str, str]]
+]  # all views flat, indices, (path, reason) of unreadable files
+
+
+def _view_sizes(policy: CropPolicy) -> list[int]:
+    return [policy.global_crops_size] * policy.n_global + [
+        policy.local_crops_size
+    ] * policy.local_crops_number
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Lists of (epoch, index), one for each piece of each step."""
+
+    def __init__(
+        self, n: int, batch_size: int, pieces: int, seed: int, start_step: int, total_steps: int
+    ) -> None:
+        self.n, self.batch_size, self.pieces, self.seed = n, batch_size, pieces, seed
+        self.steps = range(start_step, total_steps)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.pieces
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = steps_per_epoch(self.n, self.batch_size)
+        size = self.batch_size // self.pieces
+        current = -1
+        for step in self.steps:
+            epoch, place = divmod(step, per_epoch)
+            if epoch != current:
+                order, current = epoch_order(self.n, self.seed, epoch), epoch
+            for start in range(place * self.batch_size, (place + 1) * self.batch_size, size):
+                yield [(epoch, i) for i in order[start : start + size].tolist()]
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The images of an epoch in their order, int64 (n,): a permutation that follows from (seed, epoch)."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+
+
+class _Crops(Dataset[Loaded | Unreadable]):
+    """Makes a whole batch at once, so that each pixel is written once, into the memory that is sent."""
+
+    def __init__(self, source: Source, policy: CropPolicy, seed: int) -> None:
+        self.source, self.policy, self.seed = source, policy, seed
+        self.sizes = _view_sizes(policy)
+
+    def __getitem__(self, item: tuple[int, int]) -> Loaded | Unreadable:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Loaded | Unreadable:
+        """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
+        n = len(items)
+        # all views in one tensor: one file descriptor and one pinned allocation a batch, not one a view
+        pixels = torch.empty(n * 3 * sum(size * size for size in self.sizes), dtype=torch.uint8)
+        views = pixels.split([n * 3 * size * size for size in self.sizes])
+        views = [v.view(n, 3, size, size) for v, size in zip(views, self.sizes, strict=True)]
+        indices = torch.empty(n, dtype=torch.int64)
+        failed: list[tuple[str, str]] = []
+        for place, (epoch, index) in enumerate(items):
+            try:
+                used, image = self._load(index, failed)
+            except Unreadable as error:
+                return error
+            indices[place] = used
+            for out, view in zip(views, draw(self.policy, self.seed, epoch, index, image.size), strict=True):
+                out[place] = to_tensor(render(image, view))
+        return pixels, indices, failed
+
+    def _load(self, index: int, failed: list[tuple[str, str]]) -> tuple[int, Image.Image]:
+        """The image, or the next readable one, with its index.
+
+        Only the first file is noted in `failed`: the others have places of their own.
+        """
+        n = len(self.source)
+        tries = min(MAX_IN_A_ROW, n)
+        for used in range(index, index + tries):
+            try:
+                return used % n, self.source.load(used % n)
+            except Unreadable as error:
+                last = error
+                if used == index:
+                    failed.append((error.path, error.reason))
+        raise Unreadable(
+            last.path, f"{last.reason}; so were the {tries - 1} files before it: are the paths right?"
+        )
+
+
+def _as_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _init_worker(worker: int) -> None:
+    """Workers leave signals to the training process, whose handlers they inherited.
+
+    Ctrl-C and many job managers signal the whole process group, and the trainer still needs batches to finish
+    its step. The first SIGTERM is let pass, a second one ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    torch.set_num_threads(1)
+
+
+def _choose_workers(batch: int) -> int:
+    """Cores that this process may use, less one for itself; no more than there are images in a batch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # a container's share: "200000 100000" is two cores
+            quota, period = file.read().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, min(cores - 1, batch))

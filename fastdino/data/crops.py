@@ -1,0 +1,183 @@
+"""Multi-crop augmentation: `draw` decides every parameter of every view, `render` executes them on Pillow.
+
+Semantics are official DINO's (paper, section 3 and appendix B): random resized crop (bicubic, antialiased),
+flip, colour jitter, grayscale, Gaussian blur, solarisation, in this order. Drawing is a pure function, so
+that any view of any image can be made again anywhere, whatever worker, rank or resumed run asks for it.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps, ImageStat
+from torch import Tensor
+
+from fastdino.config import CropPolicy, Range
+
+ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")
+_TRIES = 10
+# Doubles of one view's stream, by place: 0 flip, 1 jitter, 2-5 order, 6-9 factors, 10 grayscale, 11 blur, 12
+# radius, 13 solarise, then area, ratio, top, left of each try at a box. All are drawn whether used or not, so
+# that changing one probability or range changes nothing else.
+_BOX = 14
+_DOUBLES = _BOX + 4 * _TRIES
+
+
+@dataclass(frozen=True)
+class View:
+    """All parameters of a view of an image: the box in pixels of the image, the blur in pixels of the view."""
+
+    size: int
+    box: tuple[int, int, int, int]  # top, left, height, width
+    flip: bool
+    jitter: tuple[
+        tuple[str, float], ...
+    ]  # (name, factor) in the order of application; empty: no colour jitter
+    grayscale: bool
+    blur: float | None  # Pillow's radius
+    solarize: bool
+
+
+def draw(policy: CropPolicy, seed: int, epoch: int, index: int, image_size: tuple[int, int]) -> list[View]:
+    """Parameters of all views of image `index` in `epoch`, in the order g1 g2 l1 ... ln.
+
+    They follow from the arguments alone. Each view has a stream of its own, `default_rng([seed, epoch, index,
+    view])`, so more local crops leave the others as they are. `image_size` is (width, height) in pixels.
+    """
+    views = []
+    for view in range(policy.n_views):
+        u = np.random.default_rng([seed, epoch, index, view]).random(_DOUBLES).tolist()
+        is_global = view < policy.n_global
+        kind = min(view, 2)  # first global, second global, local
+        jitter: tuple[tuple[str, float], ...] = ()
+        if u[1] < policy.jitter:
+            factors = _factors(policy, u[6:10])
+            order = sorted(range(4), key=u[2:6].__getitem__)
+            jitter = tuple((ADJUSTMENTS[i], f) for i in order if (f := factors[i]) is not None)
+        views.append(
+            View(
+                size=policy.global_crops_size if is_global else policy.local_crops_size,
+                box=_box(
+                    u[_BOX:],
+                    image_size,
+                    policy.global_crops_scale if is_global else policy.local_crops_scale,
+                    policy.aspect_ratio,
+                ),
+                flip=u[0] < policy.flip,
+                jitter=jitter,
+                grayscale=u[10] < policy.grayscale,
+                blur=_uniform(policy.blur_radius, u[12]) if u[11] < policy.blur[kind] else None,
+                solarize=u[13] < policy.solarize[kind],
+            )
+        )
+    return views
+
+
+def _uniform(limits: Range, u: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * u
+
+
+def _factors(policy: CropPolicy, u: list[float]) -> list[float | None]:
+    """A factor for each of ADJUSTMENTS; None where the strength is 0: torchvision leaves that one out."""
+    factors: list[float | None] = []
+    for name, x in zip(ADJUSTMENTS, u, strict=True):
+        strength = getattr(policy, name)
+        limits = (-strength, strength) if name == "hue" else (max(0.0, 1 - strength), 1 + strength)
+        factors.append(_uniform(limits, x) if strength else None)
+    return factors
+
+
+def _box(
+    u: list[float], image_size: tuple[int, int], scale: Range, ratio: Range
+) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop: ten tries, then the largest central box within the ratios."""
+    width, height = image_size
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for i in range(0, 4 * _TRIES, 4):
+        area = width * height * _uniform(scale, u[i])
+        aspect = math.exp(_uniform(log_ratio, u[i + 1]))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[i + 2] * (height - h + 1)), int(u[i + 3] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def render(image: Image.Image, view: View) -> Image.Image:
+    """The view of an RGB image, as RGB of view.size x view.size: pixel for pixel what torchvision makes."""
+    top, left, height, width = view.box
+    # cropped first: resize(box=...) would let pixels outside the box bleed in
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((view.size, view.size), Image.Resampling.BICUBIC)
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, factor in view.jitter:
+        image = _adjust(image, name, factor)
+    if view.grayscale:
+        image = image.convert("L").convert("RGB")
+    if view.blur is not None:
+        image = image.filter(ImageFilter.GaussianBlur(view.blur))
+    if view.solarize:
+        image = ImageOps.solarize(image, 128)
+    return image
+
+
+_RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))
+
+
+def _adjust(image: Image.Image, name: str, factor: float) -> Image.Image:
+    """One adjustment of ImageEnhance, or torchvision's hue. All but saturation use a table."""
+    if name == "saturation":
+        return Image.blend(image.convert("L").convert("RGB"), image, factor)
+    if name == "hue":
+        shift = int(factor * 255)  # hue has 256 steps around the circle; torchvision truncates and wraps
+        table = [(i + shift) % 256 for i in range(256)] + [*range(256)] * 2
+        return image.convert("HSV").point(table).convert("RGB")
+    # the blend of the whole image with one gray level, done on the 256 values a channel can have
+    level = int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5) if name == "contrast" else 0
+    table = list(Image.blend(Image.new("L", _RAMP.size, level), _RAMP, factor).tobytes())
+    return image.point(table * 3)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The RGB image as uint8 (3, height, width), contiguous."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(x: Tensor, policy: CropPolicy) -> Tensor:
+    """uint8 (..., 3, h, w) to float32, same shape and device: (x / 255 - mean) / std, as torchvision rounds."""
+    scale, mean, std = _constants(policy.mean, policy.std, x.device)
+    return x.to(torch.float32).div_(scale).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)  # copying them to a GPU would wait for it in each step
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    # 255 as a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(255.0, device=device),
+            torch.tensor(mean, device=device).view(3, 1, 1),
+            torch.tensor(std, device=device).view(3, 1, 1),
+        )
+
+
+def eval_image(image: Image.Image, size: int) -> Image.Image:
+    """Official DINO's evaluation view: shorter side to size * 256 / 224 (bicubic), central size x size."""
+    short = round(size * 256 / 224)
+    width, height = image.size
+    if width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
