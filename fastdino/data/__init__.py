@@ -6,6 +6,7 @@ import signal
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Loader",
     "Source",
     "Unreadable",
+    "choose_workers",
     "crop_size_warning",
     "make_loader",
     "open_source",
@@ -86,7 +88,7 @@ def make_loader(
     workers: int,
     pin: bool,
 ) -> "Loader":
-    """The batches of steps start_step to total_steps - 1; a step has `pieces` of them, of batch_size / pieces.
+    """The batches of steps start_step to total_steps - 1; a step has `pieces`, of batch_size / pieces.
 
     The order of images follows from (seed, epoch), their crops from (seed, epoch, index): a run resumed at
     any step, with any number of workers, sees what the uninterrupted run would have seen. A file that cannot
@@ -102,7 +104,7 @@ def make_loader(
             f"--batch-size {batch_size} is not a multiple of --accumulate {pieces}: change one of them"
         )
     steps_per_epoch(len(source), batch_size)
-    workers = _choose_workers(batch_size // pieces) if workers < 0 else workers
+    workers = choose_workers(batch_size // pieces) if workers < 0 else workers
     return Loader(
         DataLoader(
             _Crops(source, policy, seed),
@@ -151,10 +153,8 @@ class Loader:
             if isinstance(loaded, Unreadable):
                 raise loaded
             pixels, indices, failed = loaded
-            n = len(indices)
-            views = pixels.split([n * 3 * size * size for size in self._sizes])
             yield Batch(
-                views=[v.view(n, 3, size, size) for v, size in zip(views, self._sizes, strict=True)],
+                views=_split(pixels, self._sizes),
                 indices=indices,
                 unreadable=[path for path, _ in failed],
                 reasons=[reason for _, reason in failed],
@@ -170,6 +170,13 @@ def _view_sizes(policy: CropPolicy) -> list[int]:
     return [policy.global_crops_size] * policy.n_global + [
         policy.local_crops_size
     ] * policy.local_crops_number
+
+
+def _split(pixels: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Views (B, 3, size, size) of the flat pixels of a batch."""
+    n = pixels.numel() // (3 * sum(size**2 for size in sizes))
+    parts = pixels.split([n * 3 * size**2 for size in sizes])
+    return [part.view(n, 3, size, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -209,17 +216,12 @@ class _Crops(Dataset[Loaded | Unreadable]):
         self.source, self.policy, self.seed = source, policy, seed
         self.sizes = _view_sizes(policy)
 
-    def __getitem__(self, item: tuple[int, int]) -> Loaded | Unreadable:
-        return self.__getitems__([item])
-
     def __getitems__(self, items: list[tuple[int, int]]) -> Loaded | Unreadable:
         """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
-        n = len(items)
         # all views in one tensor: one file descriptor and one pinned allocation a batch, not one a view
-        pixels = torch.empty(n * 3 * sum(size * size for size in self.sizes), dtype=torch.uint8)
-        views = pixels.split([n * 3 * size * size for size in self.sizes])
-        views = [v.view(n, 3, size, size) for v, size in zip(views, self.sizes, strict=True)]
-        indices = torch.empty(n, dtype=torch.int64)
+        pixels = torch.empty(len(items) * 3 * sum(size**2 for size in self.sizes), dtype=torch.uint8)
+        views = _split(pixels, self.sizes)
+        indices = torch.empty(len(items), dtype=torch.int64)
         failed: list[tuple[str, str]] = []
         for place, (epoch, index) in enumerate(items):
             try:
@@ -261,11 +263,15 @@ def _init_worker(worker: int) -> None:
     its step. The first SIGTERM is let pass, a second one ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, _let_one_pass)
     torch.set_num_threads(1)
 
 
-def _choose_workers(batch: int) -> int:
+def _let_one_pass(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def choose_workers(batch: int) -> int:
     """Cores that this process may use, less one for itself; no more than there are images in a batch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps, ImageStat
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.config import CropPolicy, Range
@@ -27,7 +27,7 @@ _DOUBLES = _BOX + 4 * _TRIES
 
 @dataclass(frozen=True)
 class View:
-    """All parameters of a view of an image: the box in pixels of the image, the blur in pixels of the view."""
+    """All parameters of a view: the box in pixels of the image, the blur in pixels of the view."""
 
     size: int
     box: tuple[int, int, int, int]  # top, left, height, width
@@ -129,21 +129,19 @@ def render(image: Image.Image, view: View) -> Image.Image:
     return image
 
 
-_RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
 
 
 def _adjust(image: Image.Image, name: str, factor: float) -> Image.Image:
-    """One adjustment of ImageEnhance, or torchvision's hue. All but saturation use a table."""
-    if name == "saturation":
-        return Image.blend(image.convert("L").convert("RGB"), image, factor)
-    if name == "hue":
-        shift = int(factor * 255)  # hue has 256 steps around the circle; torchvision truncates and wraps
-        table = [(i + shift) % 256 for i in range(256)] + [*range(256)] * 2
-        return image.convert("HSV").point(table).convert("RGB")
-    # the blend of the whole image with one gray level, done on the 256 values a channel can have
-    level = int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5) if name == "contrast" else 0
-    table = list(Image.blend(Image.new("L", _RAMP.size, level), _RAMP, factor).tobytes())
-    return image.point(table * 3)
+    if name != "hue":
+        return _ENHANCERS[name](image).enhance(factor)
+    shift = int(factor * 255)  # hue has 256 steps around the circle; torchvision truncates and wraps
+    table = [(i + shift) % 256 for i in range(256)] + [*range(256)] * 2
+    return image.convert("HSV").point(table).convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -152,7 +150,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalize(x: Tensor, policy: CropPolicy) -> Tensor:
-    """uint8 (..., 3, h, w) to float32, same shape and device: (x / 255 - mean) / std, as torchvision rounds."""
+    """uint8 (..., 3, h, w) to float32 of that shape and device: (x / 255 - mean) / std, as torchvision."""
     scale, mean, std = _constants(policy.mean, policy.std, x.device)
     return x.to(torch.float32).div_(scale).sub_(mean).div_(std)
 

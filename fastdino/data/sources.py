@@ -31,7 +31,9 @@ class Unreadable(Exception):
 
     def __init__(self, path: str, reason: str = "") -> None:
         super().__init__(path, reason)  # both in args: that is what pickling between processes keeps
-        self.path = path
+        self.path = path.encode(
+            "utf-8", "backslashreplace"
+        ).decode()  # names that are not UTF-8 can be printed
         self.reason = reason
 
     def __str__(self) -> str:
@@ -210,24 +212,35 @@ def _walk(root: str, folder: bytes, above: tuple[tuple[int, int], ...]) -> Itera
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link back to a folder on the way
         return
-    with os.scandir(place) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            name = folder + b"/" + entry.name if folder else entry.name
-            if entry.is_dir():
-                yield from _walk(root, name, (*above, here))
-            elif entry.is_file() or entry.is_symlink():  # no pipe or socket: opening one would wait
-                yield name
+    try:
+        entries = list(os.scandir(place))
+    except PermissionError:
+        raise PermissionError(f"{os.fsdecode(place)}: no permission to read this folder; grant it") from None
+    for entry in entries:
+        if entry.name.startswith(b"."):
+            continue
+        name = folder + b"/" + entry.name if folder else entry.name
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            is_folder, is_file = False, False
+        if is_folder:
+            yield from _walk(root, name, (*above, here))
+        elif is_file or entry.is_symlink():  # broken links are named when loaded; pipes would make it wait
+            yield name
 
 
 def _open_list(path: str) -> Source:
-    with open(path, "rb") as file:
-        content = file.read()
-    if b"\0" in content or path.lower().endswith(EXTENSIONS):
+    content = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            content = file.read(1 << 16)
+            if b"\0" not in content:  # an archive may be larger than the memory
+                content += file.read()
+    if not os.path.isfile(path) or b"\0" in content or path.lower().endswith(EXTENSIONS):
         raise ValueError(
             f"{path}: neither a folder nor a text file; give a folder of images (unpack an archive first) or "
-            " a text file with one path a line"
+            "a text file with one path a line"
         )
     names: list[bytes] = []
     labels: list[str] = []
