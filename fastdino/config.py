@@ -19,12 +19,14 @@ def _check(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CropPolicy:
-    """The multi-crop augmentation as a value: sizes, scales, probabilities, strengths (paper, section 3 and appendix B)."""
+    """The multi-crop augmentation as a value: sizes, scales, probabilities, strengths (paper, section 3 and
+    appendix B)."""
 
     global_crops_size: int = 224
     """Side of the two global crops in pixels; the teacher sees these."""
     global_crops_scale: Range = (0.4, 1.0)
-    """Smallest and largest share of the image's area in a global crop. Without local crops, 0.14 1 is advised."""
+    """Smallest and largest share of the image's area in a global crop. Without local crops, 0.14 1 is
+    advised."""
     local_crops_number: int = 8
     """Local crops per image; only the student sees them. 0 turns multi-crop off."""
     local_crops_size: int = 96
@@ -50,7 +52,8 @@ class CropPolicy:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur in the first global, the second global and the local crops."""
     blur_radius: Range = (0.1, 2.0)
-    """Smallest and largest radius of the blur in pixels of the crop (Pillow's radius: the standard deviation)."""
+    """Smallest and largest radius of the blur in pixels of the crop (Pillow's radius: the standard
+    deviation)."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarisation in the first global, the second global and the local crops."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -63,7 +66,7 @@ class CropPolicy:
             low, high = getattr(self, name)
             _check(
                 0 < low <= high <= 1,
-                f"--{name.replace('_', '-')} {low} {high}: give two shares of the image's area, 0 < low <= high <= 1",
+                f"--{name.replace('_', '-')} {low} {high}: give two shares of the area, 0 < low <= high <= 1",
             )
         low, high = self.aspect_ratio
         _check(0 < low <= high, f"--aspect-ratio {low} {high}: give two positive ratios, the smaller first")
@@ -112,15 +115,17 @@ class DataConfig:
     """Which images, and how they are cropped."""
 
     data: str = ""
-    """The images: a folder (searched recursively; class sub-folders become labels, none are needed) or a text file
-    with one path a line."""
+    """The images: a folder (searched recursively; class sub-folders become labels, none are needed) or a text
+    file with one path a line."""
     val: str = ""
     """Labelled images to test k-NN on, with --data as the neighbours. Without it, each image of --data is
     classified by the others."""
     workers: int = -1
-    """Processes that read and crop images; 0 loads in the training process, -1 chooses by the machine's cores."""
+    """Processes that read and crop images; 0 loads in the training process, -1 chooses by the machine's
+    cores."""
     max_unreadable: float = 0.01
-    """Unreadable files are skipped and named; the run stops when more than this share of an epoch is unreadable."""
+    """Unreadable files are skipped and named; the run stops when more than this share of an epoch is
+    unreadable."""
     crops: CropPolicy = field(default_factory=CropPolicy)
 
     def __post_init__(self) -> None:
@@ -178,14 +183,15 @@ class MethodConfig:
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start; lower it if the loss does not fall."""
     warmup_teacher_temp_epochs: int = 0
-    """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the run."""
+    """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the
+    run."""
     center_momentum: float = 0.9
     """Momentum of the centre subtracted from the teacher's outputs."""
     momentum_teacher: float = 0.996
     """Teacher momentum at the start; rises to 1 along a cosine. Small batches want more: 0.9995 at 256."""
     teacher_update: Literal["momentum", "previous_epoch", "previous_iteration", "student_copy"] = "momentum"
-    """Where the teacher's weights come from. All but momentum are for study (paper, figure 6); the last two do not
-    learn."""
+    """Where the teacher's weights come from. All but momentum are for study (paper, figure 6); the last two
+    do not learn."""
 
     def __post_init__(self) -> None:
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
@@ -217,7 +223,8 @@ class OptimConfig:
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine; not scaled."""
     warmup_epochs: float = 10
-    """Epochs over which the learning rate rises linearly from 0. If longer than the run: a tenth of the run."""
+    """Epochs over which the learning rate rises linearly from 0. If longer than the run: a tenth of the
+    run."""
     weight_decay: float = 0.04
     """Weight decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float = 0.4
@@ -225,7 +232,8 @@ class OptimConfig:
     clip_grad: float = 3.0
     """Largest gradient norm; 0 turns clipping off."""
     clip: Literal["per_tensor", "global"] = "per_tensor"
-    """per_tensor clips each parameter's gradient by its own norm, as official DINO; global all of them by one norm."""
+    """per_tensor clips each parameter's gradient by its own norm, as official DINO; global all of them by one
+    norm."""
     freeze_last_layer: int = 1
     """Epochs during which the prototypes get neither gradient nor decay."""
 
@@ -235,7 +243,7 @@ class OptimConfig:
             _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
         _check(
             self.batch_size % self.accumulate == 0,
-            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: change one of them",
+            f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: change one",
         )
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
             value = getattr(self, name)
@@ -255,30 +263,35 @@ class RunConfig:
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute type; parameters and loss stay fp32. auto: bf16 where the device computes it natively, else fp16 on a
-    GPU and fp32 on a CPU."""
+    """Compute type; parameters and loss stay fp32. auto: bf16 where the device computes it natively, else
+    fp16 on a GPU and fp32 on a CPU."""
     seed: int = 0
     """Initial weights, image order, crops and stochastic depth follow from it alone."""
     log_every: int = 10
     """Updates between two lines of metrics.jsonl; only these wait for the GPU."""
     save_every: int = 500
-    """Updates between two checkpoints. One is also written after each epoch of --keep-every-epochs, and at the end."""
+    """Updates between two checkpoints. One is also written after each epoch of --keep-every-epochs, and at
+    the end."""
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every_epochs: int = 20
     """Also keep for good the checkpoint at the end of each so many epochs; 0 keeps none."""
     knn_every_epochs: int = 10
     """Epochs between two k-NN evaluations of the teacher, where there are labels; 0 turns them off."""
+    knn_images: int = 20000
+    """At most so many images on either side of those k-NN evaluations, evenly spread; 0 takes all. fastdino-eval
+    takes all."""
     max_nonfinite: int = 20
     """Stop after so many non-finite steps in a row. Each is skipped and reported."""
     wandb: str = ""
-    """Weights & Biases project to log to, beside metrics.jsonl and TensorBoard; needs pip install 'fastdino[wandb]'."""
+    """Weights & Biases project to log to, beside metrics.jsonl and TensorBoard; needs pip install
+    'fastdino[wandb]'."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "max_nonfinite"):
             value = getattr(self, name)
             _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        for name in ("keep_every_epochs", "knn_every_epochs", "seed"):
+        for name in ("keep_every_epochs", "knn_every_epochs", "knn_images", "seed"):
             value = getattr(self, name)
             _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
 
@@ -296,18 +309,11 @@ class Config:
     def __post_init__(self) -> None:
         crops, patch = self.data.crops, self.model.patch_size
         if self.model.arch.startswith("vit"):
-            smallest = min(
-                crops.global_crops_size, crops.local_crops_size if crops.local_crops_number else 4096
-            )
+            sizes = [crops.global_crops_size] + [crops.local_crops_size] * (crops.local_crops_number > 0)
             _check(
-                smallest >= patch,
-                f"a crop of {smallest} pixels holds no patch of {patch}: lower --patch-size or raise the crop sizes",
+                min(sizes) >= patch,
+                f"a crop of {min(sizes)} pixels holds no patch of {patch}: lower --patch-size",
             )
-        micro = self.optim.batch_size // self.optim.accumulate
-        _check(
-            micro > 1 or not (self.model.use_bn_in_head or "res" in self.model.arch) or crops.n_views > 1,
-            "batch normalisation needs more than one sample in a piece: raise --batch-size or lower --accumulate",
-        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -316,7 +322,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The config of class `cls` from what `to_dict` gave; raises ValueError on a field this version does not know."""
+    """The config of class `cls` from what `to_dict` gave; raises ValueError on a field this version does not
+    know."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - set(fields):
         raise ValueError(

@@ -1,0 +1,176 @@
+"""Files of a run that nothing can spoil: checkpoints, config.json, teacher.safetensors.
+
+Each is written beside its place, flushed to the disk and renamed, so one that is there is whole.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastdino.config import Config, from_dict, to_dict
+from fastdino.files import sync, write_atomically
+
+# Fields that a continued run may change: none of them touches what is learnt.
+FREE = {
+    "data.workers",
+    "data.max_unreadable",
+    "data.val",
+    "run.out",
+    "run.device",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.keep_every_epochs",
+    "run.knn_every_epochs",
+    "run.knn_images",
+    "run.max_nonfinite",
+    "run.wandb",
+}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def claim(out: Path, config: Config) -> TextIO:
+    """Make `out` the folder of this run, new or continued, and hold it until the returned lock is closed.
+
+    Raises:
+        ValueError: it holds a run of another configuration (the differences are named), files of a run but no
+            config.json, it is no folder, or another process is training in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "a")  # noqa: SIM115  held for the whole run; the system frees it even after kill -9
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RuntimeError(
+            f"another process is training in {out}: wait for it, or give another --out"
+        ) from None
+    try:
+        _check_same_run(out, config)
+    except ValueError:
+        lock.close()
+        raise
+    return lock
+
+
+def _check_same_run(out: Path, config: Config) -> None:
+    path = out / "config.json"
+    if not path.exists():
+        if found := [
+            n for n in ("checkpoints", "metrics.jsonl", "teacher.safetensors") if (out / n).exists()
+        ]:
+            raise ValueError(f"{out} has {', '.join(found)} but no config.json: give another --out")
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        write_atomically(path, lambda beside: beside.write_text(text))
+        return
+    was, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(to_dict(config))))
+    differing = [
+        f"  --{key.split('.')[-1].replace('_', '-')}: was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and key not in FREE
+    ]
+    if differing:
+        raise ValueError(
+            f"{out} holds a run of another configuration:\n"
+            + "\n".join(differing)
+            + "\nGive the flags of that run to continue it, or another --out to start anew."
+        )
+
+
+def save(out: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
+    """Write checkpoint `step` of the run in `out`: named tensors and a JSON-able dict. Returns its folder."""
+    folder = out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
+        dcp.save(tensors, checkpoint_id=beside, no_dist=True)
+    (beside / "info.json").write_text(json.dumps(info))
+    for path in beside.iterdir():
+        sync(path)
+    sync(beside)
+    if final.exists():  # the same step, saved before: a continued run got here again
+        shutil.rmtree(final)
+    os.replace(beside, final)
+    sync(folder)
+    return final
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    """Checkpoints of the run in `out` by step, oldest first."""
+    found = {int(p.name[5:]): p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()}
+    return dict(sorted(found.items()))
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` in place from checkpoint folder `path`; returns what `save` was given as `info`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return json.loads((path / "info.json").read_text())
+
+
+def prune(out: Path, keep: int, keep_every: int) -> None:
+    """Delete all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every` (0: none).
+
+    Also removes what a killed save left behind.
+    """
+    for leftover in (out / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for step, path in list(checkpoints(out).items())[:-keep]:
+        if not keep_every or step == 0 or step % keep_every:
+            # Renamed first, so that a deletion cut short never looks like a checkpoint.
+            doomed = path.with_name(f".{path.name}.tmp")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def write_teacher(path: Path, teacher: nn.Module, config: Config, step: int) -> None:
+    """Write the teacher, `backbone.*` and `head.*`, as one file with its configuration inside."""
+    state = {name: value.detach().cpu().contiguous() for name, value in teacher.state_dict().items()}
+    metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
+    write_atomically(path, lambda beside: save_file(state, beside, metadata=metadata))
+
+
+def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], Config]:
+    """The tensors and configuration of a teacher.safetensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or not one of fastdino's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "teacher.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a run's folder or its teacher.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if "fastdino_config" not in metadata:
+        raise ValueError(f"{path} carries no fastdino configuration: it was not written by fastdino-train")
+    return state, from_dict(Config, json.loads(metadata["fastdino_config"]))

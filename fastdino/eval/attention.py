@@ -1,0 +1,68 @@
+"""Where the network looks: attention of the CLS token over the image in the last block (paper, figure 1)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastdino.config import CropPolicy
+from fastdino.data import crops
+from fastdino.files import write_atomically
+
+
+@torch.no_grad()
+def attention_maps(network: Any, images: Tensor) -> Tensor:
+    """CLS attention per head (B, heads, h, w) over the patch grid, each summing to less than 1 (CLS has the rest).
+
+    Args:
+        network: a `VisionTransformer` in evaluation mode.
+        images: normalised (B, 3, H, W).
+    """
+    patch = network.patch_size
+    h, w = images.shape[-2] // patch, images.shape[-1] // patch
+    return network.get_last_selfattention(images)[:, :, 0, 1:].unflatten(-1, (h, w))
+
+
+def plot_attention(
+    network: Any,
+    images: list[Image.Image],
+    policy: CropPolicy,
+    path: Path,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Draw a row per image, image | mean of the heads | each head (at most six), to the PNG `path`.
+
+    Images are shown at twice the training size, as the paper shows 480 pixels for a network trained at 224.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    patch = network.patch_size
+    side = 2 * policy.global_crops_size // patch * patch
+    shown = [crops.eval_image(image, side) for image in images]
+    pixels = torch.stack([crops.to_tensor(image) for image in shown]).to(device)
+    maps = attention_maps(network, crops.normalize(pixels, policy))
+    maps = torch.cat([maps.mean(dim=1, keepdim=True), maps[:, :6]], dim=1)
+    maps = F.interpolate(maps.float(), size=(side, side), mode="nearest").cpu()
+    # Two images share a row, so that the figure is about as wide as high.
+    pairs, columns = math.ceil(len(shown) / 2), 1 + maps.shape[1]
+    figure = Figure(figsize=(2 * columns * 1.1, pairs * 1.15 + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(pairs, 2 * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    titles = ["image", "mean", *(f"head {i}" for i in range(1, columns - 1))]
+    for i, image in enumerate(shown):
+        row = axes[i // 2][columns * (i % 2) :]
+        row[0].imshow(image)
+        for axis, heads in zip(row[1:], maps[i], strict=False):
+            axis.imshow(heads, cmap="inferno", vmin=0)
+        if i < 2:
+            for axis, title in zip(row, titles, strict=False):
+                axis.set_title(title, fontsize=8)
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+    return path

@@ -1,0 +1,158 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, W&B if asked, a progress bar, and curves.png."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastdino.files import write_atomically
+
+PLAIN_LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
+
+
+class Monitor:
+    """Writes each logged step to metrics.jsonl and its friends, and shows progress. Use as a context manager.
+
+    Args:
+        out: folder of the run. Lines after step `start` (of a run that was killed) are dropped from metrics.jsonl.
+        start, total: first and last step.
+        config: what W&B shows as the run's configuration.
+        wandb: W&B project, or empty.
+    """
+
+    def __init__(self, out: Path, start: int, total: int, config: dict[str, Any], wandb: str = "") -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        path = out / "metrics.jsonl"
+        kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= start]
+        write_atomically(path, lambda beside: beside.write_text("".join(kept)))
+        self.file = open(path, "a")  # noqa: SIM115  closed in __exit__
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        self.wandb = None
+        if wandb:
+            import wandb as library
+
+            self.wandb = library.init(
+                project=wandb, dir=str(out), config=config, resume="allow", id=_run_id(out)
+            )
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", completed=start, total=total, text="")
+        self.total = total
+        self.last_line = 0.0
+
+    def __enter__(self) -> "Monitor":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        self.file.close()
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Keep `values` of `step`: a line of metrics.jsonl, and the numbers to TensorBoard and W&B."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Move the bar to `step`; without a terminal, print a line every now and then."""
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.0f} images/s  "
+            f"waiting for data {values['data_wait']:.0%}"
+        )
+        self.bar.update(self.task, completed=step, text=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line > PLAIN_LINE_SECONDS or step == self.total):
+            self.last_line = now
+            left = (self.total - step) * values["batch_size"] / max(values["images_per_s"], 1e-9)
+            minutes, seconds = divmod(round(left), 60)
+            self.say(f"step {step}/{self.total}  {text}  {minutes}:{seconds:02d} left")
+
+
+def _run_id(out: Path) -> str:
+    """A W&B id that stays with the folder, so that a continued run continues its page."""
+    path = out / "wandb_id"
+    if not path.exists():
+        write_atomically(path, lambda beside: beside.write_text(os.urandom(8).hex()))
+    return path.read_text()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of the run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = out / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def plot_curves(out: Path, uniform_loss: float) -> Path:
+    """Draw the run's loss, gradient norm, schedules and k-NN over steps to curves.png; returns its path.
+
+    `uniform_loss` is ln K, the loss of a collapsed teacher that says nothing: drawn as a line not to sit on.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is asked for
+    from matplotlib.figure import Figure
+
+    metrics = read_metrics(out)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3).flat
+
+    def draw(axis: Any, title: str, **names: str) -> None:
+        for name, label in names.items():
+            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), label=label) if points else None
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1 and axis.lines:
+            axis.legend()
+
+    draw(loss := next(axes), "loss", loss="loss")
+    loss.axhline(uniform_loss, linestyle=":", color="grey")
+    loss.annotate(
+        "ln K: uniform", (0.99, uniform_loss), xycoords=("axes fraction", "data"), ha="right", va="top"
+    )
+    draw(knn := next(axes), "k-NN accuracy of the teacher (%)", knn_20="k = 20")
+    if not knn.lines:
+        knn.text(0.5, 0.5, "no labels", ha="center", transform=knn.transAxes)
+    elif len(knn.lines[0].get_xdata()) < 3:
+        knn.lines[0].set_marker("o")
+    draw(next(axes), "gradient norm before clipping", grad_norm="norm")
+    draw(next(axes), "learning rate", lr="lr")
+    draw(next(axes), "teacher momentum", momentum="momentum")
+    draw(next(axes), "images per second", images_per_s="images/s")
+    path = out / "curves.png"
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+    return path
