@@ -132,7 +132,9 @@ def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def prune(out: Path, keep: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every` (0: none).
+    """Delete all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`.
+
+    `keep_every` 0 keeps none for good.
 
     Also removes what a killed save left behind.
     """

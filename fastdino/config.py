@@ -279,8 +279,8 @@ class RunConfig:
     knn_every_epochs: int = 10
     """Epochs between two k-NN evaluations of the teacher, where there are labels; 0 turns them off."""
     knn_images: int = 20000
-    """At most so many images on either side of those k-NN evaluations, evenly spread; 0 takes all. fastdino-eval
-    takes all."""
+    """At most so many images on either side of those k-NN evaluations, evenly spread; 0 takes all.
+    fastdino-eval takes all."""
     max_nonfinite: int = 20
     """Stop after so many non-finite steps in a row. Each is skipped and reported."""
     wandb: str = ""

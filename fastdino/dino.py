@@ -1,4 +1,4 @@
-"""DINO: a student that sees all crops learns to match a teacher that sees the global ones (paper, section 3.1)."""
+"""DINO: a student that sees all crops matches a teacher that sees the global ones (paper, section 3.1)."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -58,13 +58,13 @@ class MultiCrop(nn.Module):
         self.head = head
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """List of V crops (B, C, H, W) to logits (V * B, K), crop-major. Neighbours of one size share a pass."""
+        """V crops (B, C, H, W) to logits (V * B, K), crop-major. Neighbours of one size share a pass."""
         groups = [torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
         return self.head(torch.cat([self.backbone(group) for group in groups]))
 
 
 class DINO(nn.Module):
-    """Student, teacher, loss. The teacher starts as the student's equal, gets no gradient and has no drop path.
+    """Student, teacher, loss. The teacher starts equal, gets no gradient and has no drop path.
 
     Args:
         config: the run; its model, method, crops and epochs are used.
@@ -112,7 +112,8 @@ class DINO(nn.Module):
     def forward(self, crops: list[Tensor], epoch: int) -> tuple[Tensor, Tensor]:
         """Loss of one batch, and the mean of its teacher logits for `loss.update_center`.
 
-        The centre is left to the caller so that a batch run in pieces updates it once, with the mean of the means.
+        The centre is left to the caller so that a batch run in pieces updates it once, with the mean of the
+        means.
 
         Args:
             crops: V tensors (B, C, H, W), the global crops first.
@@ -132,9 +133,9 @@ class DINO(nn.Module):
     def update_teacher(self, momentum: float, new_epoch: bool = False) -> None:
         """Move the teacher after a step of the student (paper, section 3.1 and figure 6). Parameters only.
 
-        `momentum`: teacher <- m teacher + (1 - m) student. `student_copy`, `previous_iteration`: teacher <- student,
-        called after and before the optimiser's step respectively. `previous_epoch`: teacher <- student once
-        `new_epoch` says that an epoch has ended.
+        `momentum`: teacher <- m teacher + (1 - m) student. `student_copy`, `previous_iteration`: teacher <-
+        student, called after and before the optimiser's step respectively. `previous_epoch`: teacher <-
+        student once `new_epoch` says that an epoch has ended.
         """
         if self.teacher_update == "previous_epoch" and not new_epoch:
             return

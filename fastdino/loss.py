@@ -1,4 +1,4 @@
-"""DINOLoss: the teacher's centre and temperature schedule around `ops.dino_loss` (paper, section 3.1, algorithm 1)."""
+"""DINOLoss: the teacher's centre and temperature schedule around `ops.dino_loss` (paper, section 3.1)."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from fastdino.distributed import mean_over_ranks_
 class DINOLoss(nn.Module):
     """Official DINO's loss, same constructor, `forward` and buffer, in one pass over the logits.
 
-    With S student crops of which the first two are global, B images and K prototypes, the loss is the mean over
-    images and over the 2 S - 2 pairs of a teacher crop g and a student crop v != g of the cross-entropy between
-    softmax((teacher[g] - center) / teacher_temp) and softmax(student[v] / student_temp). Afterwards
-    center <- m center + (1 - m) mean(teacher rows), averaged over the ranks if a process group exists; none is
-    needed.
+    With S student crops of which the first two are global, B images and K prototypes, the loss is the mean
+    over images and over the 2 S - 2 pairs of a teacher crop g and a student crop v != g of the cross-entropy
+    between softmax((teacher[g] - center) / teacher_temp) and softmax(student[v] / student_temp). Afterwards
+    center <- m center + (1 - m) mean(teacher rows), averaged over the ranks if a process group exists; none
+    is needed.
 
     Args:
         out_dim: K, prototypes.
@@ -51,8 +51,8 @@ class DINOLoss(nn.Module):
             raise ValueError(f"ncrops is {ncrops}: the loss compares two global crops at least")
         if not 0 <= warmup_teacher_temp_epochs <= nepochs:
             raise ValueError(
-                f"warmup_teacher_temp_epochs is {warmup_teacher_temp_epochs} but the run has nepochs = {nepochs}: "
-                "give a warm-up between 0 and nepochs"
+                f"warmup_teacher_temp_epochs is {warmup_teacher_temp_epochs} but the run has nepochs = "
+                f"{nepochs}: give a warm-up between 0 and nepochs"
             )
         for name, value in (
             ("warmup_teacher_temp", warmup_teacher_temp),
@@ -86,7 +86,8 @@ class DINOLoss(nn.Module):
             Scalar, float32 whatever the precision of the logits (float64 for float64).
 
         Raises:
-            ValueError: shapes that do not fit one another or the constructor, or an epoch outside the schedule.
+            ValueError: shapes that do not fit one another or the constructor, or an epoch outside the
+                schedule.
         """
         loss = self.cross_entropy(student_output, teacher_output, epoch)
         self.update_center(teacher_output)
@@ -103,7 +104,7 @@ class DINOLoss(nn.Module):
         images, rest = divmod(len(teacher_output), 2)
         if images == 0 or rest or len(student_output) != self.ncrops * images:
             raise ValueError(
-                f"{given}: for B images the student has ncrops * B = {self.ncrops} * B rows and the teacher 2 * B"
+                f"{given}: for B images the student has {self.ncrops} * B rows (ncrops * B), the teacher 2 * B"
             )
         if not 0 <= epoch <= last:
             raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")

@@ -19,7 +19,8 @@ class Monitor:
     """Writes each logged step to metrics.jsonl and its friends, and shows progress. Use as a context manager.
 
     Args:
-        out: folder of the run. Lines after step `start` (of a run that was killed) are dropped from metrics.jsonl.
+        out: folder of the run. Lines after step `start` (of a run that was killed) are dropped from
+            metrics.jsonl.
         start, total: first and last step.
         config: what W&B shows as the run's configuration.
         wandb: W&B project, or empty.

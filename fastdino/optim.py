@@ -1,4 +1,4 @@
-"""Optimisation of a DINO run: parameter groups, schedules, clipping, the frozen last layer, LARS (paper, section 3.2).
+"""Parameter groups, schedules, clipping, the frozen last layer, LARS (paper, section 3.2).
 
 Nothing here waits for the device: what must be decided from a gradient's value is decided there.
 """
@@ -45,8 +45,10 @@ def param_groups(model: nn.Module) -> list[dict]:
 class LARS(torch.optim.Optimizer):
     """SGD whose rate per tensor is scaled by |weight| / |gradient| (You et al. 2017, arXiv:1708.03888).
 
-    As official DINO: momentum 0.9, trust coefficient 0.001; one-dimensional parameters get neither scaling nor decay.
-    Like torch's fused optimisers, a step with `self.found_inf` nonzero changes nothing, decided on the device.
+    As official DINO: momentum 0.9, trust coefficient 0.001; one-dimensional parameters get neither scaling
+    nor decay.
+    Like torch's fused optimisers, a step with `self.found_inf` nonzero changes nothing, decided on the
+    device.
     """
 
     _step_supports_amp_scaling = True
@@ -88,8 +90,8 @@ class LARS(torch.optim.Optimizer):
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser, with every state tensor in existence, so that a checkpoint always has the same entries.
 
-    A parameter's state made early equals the state made at its first gradient: zeros. AdamW and SGD are torch's
-    fused ones, which can skip a non-finite step on the device.
+    A parameter's state made early equals the state made at its first gradient: zeros. AdamW and SGD are
+    torch's fused ones, which can skip a non-finite step on the device.
     """
     groups = param_groups(model)
     optimizer: torch.optim.Optimizer
@@ -121,7 +123,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:
-    """Freeze the prototypes for this step: without a gradient the optimiser applies neither update nor decay."""
+    """Freeze the prototypes for this step: without a gradient they get neither update nor decay."""
     for name, parameter in model.named_parameters():
         if "last_layer" in name:
             parameter.grad = None
@@ -131,8 +133,8 @@ def drop_last_layer_gradients(model: nn.Module) -> None:
 def clip_gradients(model: nn.Module, limit: float, mode: str) -> Tensor:
     """Scale gradients in place to norm `limit` at most (0: leave them) and return the norm they had together.
 
-    `per_tensor` scales each by limit / (its norm + 1e-6) where that is below 1, as official DINO; `global` scales
-    all by the same factor from their common norm. The norm is a scalar on the gradients' device.
+    `per_tensor` scales each by limit / (its norm + 1e-6) where that is below 1, as official DINO; `global`
+    scales all by the same factor from their common norm. The norm is a scalar on the gradients' device.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))

@@ -1,4 +1,4 @@
-"""`fastdino-train PRESET --data DIR --out DIR`: official DINO on any folder of images, from first step to last file."""
+"""`fastdino-train PRESET --data DIR --out DIR`: train official DINO on any folder of images."""
 
 import math
 import resource
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM append to, so that the loop can save and leave; a second one kills as usual."""
+    """A list that Ctrl-C and SIGTERM append to, so that the loop can save and leave; the second kills."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may set handlers
@@ -93,8 +93,8 @@ def step_seed(seed: int, step: int) -> int:
 def train(config: Config) -> dict[str, Any]:
     """Train DINO as `config` says, or go on with the run in `config.run.out`; returns the last metrics.
 
-    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png and, for a
-    ViT, attention.png.
+    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png and,
+    for a ViT, attention.png.
 
     Raises:
         ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before any work.
@@ -137,8 +137,8 @@ def train(config: Config) -> dict[str, Any]:
             info = checkpoint.load(path, tensors)
             if info["images"] != source.fingerprint():
                 raise ValueError(
-                    f"{config.data.data} holds other images than when {out} was begun: a continued run would see "
-                    "other crops. Restore the images, or give another --out."
+                    f"{config.data.data} holds other images than when {out} was begun: a continued run would "
+                    "see other crops. Restore the images, or give another --out."
                 )
             scaler.load_state_dict(info["scaler"])
             unreadable = {key: set(paths) for key, paths in info["unreadable"].items()}
@@ -161,8 +161,8 @@ def train(config: Config) -> dict[str, Any]:
             monitor.say(
                 f"{device_name(device)} · {str(dtype).removeprefix('torch.')} · "
                 + " · ".join(f"{op}: {impl}" for op, impl in ops.describe(device).items())
-                + f" · {len(source)} images, {loader.workers} loader processes · {cfg.epochs} epochs of {steps_per_epoch} "
-                f"updates of {cfg.batch_size} images"
+                + f" · {len(source)} images, {loader.workers} loader processes · "
+                f"{cfg.epochs} epochs of {steps_per_epoch} updates of {cfg.batch_size} images"
             )
             if note := data.crop_size_warning(source, policy):
                 monitor.say(note)
@@ -294,8 +294,8 @@ def train(config: Config) -> dict[str, Any]:
                         report_nonfinite(monitor, source, at, its_lr, its_loss, images)
                         if in_a_row >= config.run.max_nonfinite:
                             raise RunError(
-                                f"stopped at step {at}: {in_a_row} non-finite steps in a row. {last_good(out)} Lower "
-                                "--lr, or use --precision bf16 or fp32."
+                                f"stopped at step {at}: {in_a_row} non-finite steps in a row. "
+                                f"{last_good(out)} Lower --lr, or use --precision bf16 or fp32."
                             )
                     good = [row for row in rows if math.isfinite(row[0])]
                     values = {
@@ -408,9 +408,7 @@ def main() -> None:
         print(f"fastdino-train: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"fastdino-train: out of memory: raise --accumulate, which gives the same result in less.\n{error}"
-        )
+        sys.exit(f"fastdino-train: out of memory: raise --accumulate, same result in less memory.\n{error}")
     except (ValueError, FileNotFoundError, RunError, Unreadable) as error:
         sys.exit(f"fastdino-train: {error}")
 

@@ -16,7 +16,7 @@ from fastdino.files import write_atomically
 
 @torch.no_grad()
 def attention_maps(network: Any, images: Tensor) -> Tensor:
-    """CLS attention per head (B, heads, h, w) over the patch grid, each summing to less than 1 (CLS has the rest).
+    """CLS attention per head (B, heads, h, w) over the patch grid, summing to less than 1: CLS has the rest.
 
     Args:
         network: a `VisionTransformer` in evaluation mode.

@@ -37,7 +37,8 @@ def knn_accuracy(
     Args:
         train_features: (N, D), the neighbours. Any scale: they are normalised here.
         train_labels: (N,) integers; classes are whatever values occur.
-        test_features, test_labels: (M, D) and (M,); without them each training image is classified by the others.
+        test_features, test_labels: (M, D) and (M,); without them each training image is classified by the
+            others.
         ks: neighbours that vote. One larger than the number of neighbours there are uses all of them.
         chunk_bytes: largest block of similarities held at once.
 
