@@ -160,12 +160,11 @@ def _constants(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     # 255 as a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal
-    with torch.inference_mode(False):
-        return (
-            torch.tensor(255.0, device=device),
-            torch.tensor(mean, device=device).view(3, 1, 1),
-            torch.tensor(std, device=device).view(3, 1, 1),
-        )
+    return (
+        torch.tensor(255.0, device=device),
+        torch.tensor(mean, device=device).view(3, 1, 1),
+        torch.tensor(std, device=device).view(3, 1, 1),
+    )
 
 
 def eval_image(image: Image.Image, size: int) -> Image.Image:
