@@ -104,14 +104,14 @@ class DINOLoss(nn.Module):
         images, rest = divmod(len(teacher_output), 2)
         if images == 0 or rest or len(student_output) != self.ncrops * images:
             raise ValueError(
-                f"{given}: for B images the student has {self.ncrops} * B rows (ncrops * B), the teacher 2 * B"
+                f"{given}: for B images the student has ncrops * B = {self.ncrops} B rows, the teacher 2 B"
             )
         if not 0 <= epoch <= last:
             raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")
         return ops.dino_loss(
             student_output.unflatten(0, (self.ncrops, images)),
             teacher_output.detach().unflatten(0, (2, images)),
-            self.center[0],
+            self.center[0].clone(),  # the backward reads it, and may come after update_center has written
             student_temp=self.student_temp,
             teacher_temp=float(self.teacher_temp_schedule[epoch]),
         )
