@@ -1,0 +1,117 @@
+"""Who may import whom: a module of fastdino imports only from layers below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastdino"
+LAYERS = (
+    ("ops", "config"),
+    ("distributed", "optim"),
+    ("checkpoint", "data", "head", "loss", "resnet", "vit", "monitor"),
+    ("dino",),
+    ("eval", "export"),
+    ("train",),
+    ("__init__",),
+)
+LAYER = {stem: i for i, stems in enumerate(LAYERS) for stem in stems}
+FILES = [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")]
+
+
+def imports(source: str) -> list[str]:
+    """Dotted names of all that is imported anywhere in the source; a leading dot marks a relative import."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+    return names
+
+
+def violations(stem: str, source: str) -> list[str]:
+    """What a module (or folder) `stem` of the package imports against the rule."""
+    if stem not in LAYER:
+        return [f"{stem} is in no layer"]
+    bad = []
+    for name in imports(source):
+        root, _, rest = name.partition(".")
+        if root in ("", "kernels", "benchmarks", "tests"):  # relative, or from outside the package
+            bad.append(name)
+        elif root == "fastdino":
+            target = rest.partition(".")[0]
+            target = target if target in LAYER else "__init__"  # a public name comes from the package itself
+            inside = target == stem and (PACKAGE / stem).is_dir()
+            if LAYER[target] >= LAYER[stem] and not inside:
+                bad.append(name)
+        elif stem == "ops" and root not in sys.stdlib_module_names | {"fastdino", "torch", "triton"}:
+            bad.append(name)
+    return bad
+
+
+@pytest.mark.parametrize(("stem", "path"), FILES, ids=[str(path.relative_to(PACKAGE)) for _, path in FILES])
+def test_modules_import_only_from_layers_below(stem: str, path: Path) -> None:
+    assert violations(stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("stem", "source"),
+    [
+        ("vit", "import fastdino.dino"),
+        ("vit", "from fastdino.train import train"),
+        ("vit", "def f():\n    from fastdino import head"),
+        ("vit", "from fastdino import DINO"),
+        ("vit", "import fastdino"),
+        ("vit", "import fastdino.vit"),
+        ("export", "from fastdino.eval import knn"),
+        ("vit", "from fastdino.nowhere import x"),
+        ("head", "from . import vit"),
+        ("data", "from .crops import View"),
+        ("loss", "from kernels import dino_loss"),
+        ("train", "import benchmarks.ops"),
+        ("train", "from tests import conftest"),
+        ("ops", "import numpy as np"),
+        ("ops", "from torchvision import models"),
+        ("ops", "from fastdino.config import Config"),
+        ("utils", "import torch"),
+    ],
+)
+def test_a_wrong_import_is_seen(stem: str, source: str) -> None:
+    assert violations(stem, source)
+
+
+@pytest.mark.parametrize(
+    ("stem", "source"),
+    [
+        ("train", "from fastdino.dino import DINO\nfrom fastdino import config"),
+        ("ops", "import torch, triton, math\nfrom fastdino.ops.native import library"),
+        ("data", "import numpy\nfrom fastdino.data.crops import View"),
+    ],
+)
+def test_a_right_import_is_let_through(stem: str, source: str) -> None:
+    assert violations(stem, source) == []
+
+
+IMPORT_ALL = """
+import importlib, sys
+import fastdino
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # an optional dependency
+        if error.name.partition(".")[0] == "fastdino":
+            raise
+"""
+
+
+@pytest.mark.parametrize("code", ["import fastdino", IMPORT_ALL], ids=["the package", "every module"])
+def test_importing_starts_nothing_and_says_nothing(code: str) -> None:
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for _, path in FILES]
+    code += "\nimport torch\nassert not torch.cuda.is_initialized(), 'a CUDA context'"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
