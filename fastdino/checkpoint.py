@@ -62,7 +62,7 @@ def claim(out: Path, config: Config) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise RuntimeError(
+        raise ValueError(
             f"another process is training in {out}: wait for it, or give another --out"
         ) from None
     try:
@@ -110,10 +110,12 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any])
     for path in beside.iterdir():
         sync(path)
     sync(beside)
-    if final.exists():  # the same step, saved before: a continued run got here again
-        shutil.rmtree(final)
+    old = folder / f".step_{step}.old.tmp"
+    if final.exists():
+        os.replace(final, old)
     os.replace(beside, final)
     sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What a file may hold whatever its name says. Pillow opens more, but some of that starts other programs
 # (EPS).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -193,7 +193,8 @@ def _open_folder(root: str) -> Source:
             others[extension or "no extension"] += 1
     if not names:
         n = others.total()
-        held = f"{n} file{'s' * (n != 1)}, none an image: {' '.join(e for e, _ in others.most_common(8))}"
+        common = sorted(others, key=lambda extension: (-others[extension], extension))[:8]
+        held = f"{n} file{'s' * (n != 1)}, none an image: {' '.join(common)}"
         raise ValueError(
             f"{root}: {held if n else 'no files in it'}; give a folder that holds images "
             f"({' '.join(EXTENSIONS)}), at any depth"

@@ -44,12 +44,13 @@ def plot_attention(
     patch = network.patch_size
     side = 2 * policy.global_crops_size // patch * patch
     shown = [crops.eval_image(image, side) for image in images]
-    pixels = torch.stack([crops.to_tensor(image) for image in shown]).to(device)
-    maps = attention_maps(network, crops.normalize(pixels, policy))
+    # One image at a time: for ViT-B/8 at 448 pixels the attention of each is 0.5 GB.
+    pixels = [crops.normalize(crops.to_tensor(image)[None].to(device), policy) for image in shown]
+    maps = torch.cat([attention_maps(network, x) for x in pixels])
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps[:, :6]], dim=1)
-    maps = F.interpolate(maps.float(), size=(side, side), mode="nearest").cpu()
+    pictures = F.interpolate(maps.float(), size=(side, side), mode="nearest").cpu().numpy()
     # Two images share a row, so that the figure is about as wide as high.
-    pairs, columns = math.ceil(len(shown) / 2), 1 + maps.shape[1]
+    pairs, columns = math.ceil(len(shown) / 2), 1 + pictures.shape[1]
     figure = Figure(figsize=(2 * columns * 1.1, pairs * 1.15 + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(pairs, 2 * columns, squeeze=False)
@@ -59,7 +60,7 @@ def plot_attention(
     for i, image in enumerate(shown):
         row = axes[i // 2][columns * (i % 2) :]
         row[0].imshow(image)
-        for axis, heads in zip(row[1:], maps[i], strict=False):
+        for axis, heads in zip(row[1:], pictures[i], strict=False):
             axis.imshow(heads, cmap="inferno", vmin=0)
         if i < 2:
             for axis, title in zip(row, titles, strict=False):
