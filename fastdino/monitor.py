@@ -1,6 +1,7 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, W&B if asked, a progress bar, and curves.png."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -24,9 +25,19 @@ class Monitor:
         start, total: first and last step.
         config: what W&B shows as the run's configuration.
         wandb: W&B project, or empty.
+
+    Raises:
+        ValueError: W&B is asked for and not installed.
     """
 
     def __init__(self, out: Path, start: int, total: int, config: dict[str, Any], wandb: str = "") -> None:
+        if wandb:
+            try:
+                import wandb as library
+            except ImportError:
+                raise ValueError(
+                    f"--wandb {wandb} needs Weights & Biases: pip install 'fastdino[wandb]', or leave it out"
+                ) from None
         self.console = Console(highlight=False, soft_wrap=True)
         path = out / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= start]
@@ -34,11 +45,10 @@ class Monitor:
         self.file = open(path, "a")  # noqa: SIM115  closed in __exit__
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        # From `purge_step` on, the points of a run that was killed are hidden.
+        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self.wandb = None
         if wandb:
-            import wandb as library
-
             self.wandb = library.init(
                 project=wandb, dir=str(out), config=config, resume="allow", id=_run_id(out)
             )
@@ -53,7 +63,7 @@ class Monitor:
         )
         self.task = self.bar.add_task("train", completed=start, total=total, text="")
         self.total = total
-        self.last_line = 0.0
+        self.last_line = -math.inf
 
     def __enter__(self) -> "Monitor":
         self.bar.start()
@@ -73,8 +83,12 @@ class Monitor:
         self.console.print(text, markup=False)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Keep `values` of `step`: a line of metrics.jsonl, and the numbers to TensorBoard and W&B."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        """Keep `values` of `step`: a line of metrics.jsonl, and the numbers to TensorBoard and W&B.
+
+        In metrics.jsonl a number that is not finite is null: JSON knows no other way.
+        """
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         self.file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
@@ -147,7 +161,7 @@ def plot_curves(out: Path, uniform_loss: float) -> Path:
     )
     draw(knn := next(axes), "k-NN accuracy of the teacher (%)", knn_20="k = 20")
     if not knn.lines:
-        knn.text(0.5, 0.5, "no labels", ha="center", transform=knn.transAxes)
+        knn.text(0.5, 0.5, "not evaluated", ha="center", transform=knn.transAxes)
     elif len(knn.lines[0].get_xdata()) < 3:
         knn.lines[0].set_marker("o")
     draw(next(axes), "gradient norm before clipping", grad_norm="norm")
