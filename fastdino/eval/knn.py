@@ -78,12 +78,27 @@ def knn_accuracy(
             own = torch.arange(start, start + len(similarity), device=similarity.device)
             similarity[own - start, own] = -torch.inf
         nearest, index = similarity.topk(max(used.values()), dim=1)
-        weight, voted = (nearest / temperature).exp(), train_classes[index]
+        # Relative to the nearest one, which changes no comparison: exp(1 / 0.01) is too large for float32.
+        weight, voted = ((nearest - nearest[:, :1]) / temperature).exp(), train_classes[index]
         for k, n in used.items():
             votes = weight.new_zeros(len(weight), len(classes)).scatter_add_(1, voted[:, :n], weight[:, :n])
             predicted = classes[votes.argmax(dim=1)]
             correct[k] += int((predicted == test_labels[start : start + rows]).sum())
     return {k: 100.0 * n / len(test) for k, n in correct.items()}
+
+
+def check_classes(train: Source, val: Source | None) -> None:
+    """Raise ValueError where images of `val` cannot be classified by `train`, or `train` by itself."""
+    for source in (train, val) if val is not None else (train,):
+        if source.labels is None:
+            raise ValueError(
+                f"{source.root} has no labels: k-NN needs a sub-folder per class, two at least, or a text "
+                "file of path TAB class"
+            )
+        if missing := sorted(set(source.classes) - set(train.classes)):
+            raise ValueError(
+                f"{source.root} has classes that {train.root} does not have: {', '.join(missing[:10])}"
+            )
 
 
 def evaluate_knn(
@@ -106,16 +121,10 @@ def evaluate_knn(
     Raises:
         ValueError: no labels, or a class of `val` that `train` does not have.
     """
+    check_classes(train, val)
     extracted = []
-    for source in (train, val):
-        if source is None:
-            continue
-        if source.labels is None:
-            raise ValueError(f"{source.root} has no labels: k-NN needs a sub-folder per class")
-        if missing := sorted(set(source.classes) - set(train.classes)):
-            raise ValueError(
-                f"{source.root} has classes that {train.root} does not have: {', '.join(missing[:10])}"
-            )
+    for source in (train, val) if val is not None else (train,):
+        assert source.labels is not None  # check_classes
         n = len(source)
         indices = sorted({int(i) for i in np.linspace(0, n - 1, limit)}) if 0 < limit < n else None
         features, kept = extract(network, source, policy, indices=indices, **extract_options)
