@@ -14,7 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from fastdino import checkpoint, data, dino
-from fastdino.data.sources import open_source
+from fastdino.data import open_source
+from fastdino.distributed import choose_device
 from fastdino.eval import knn
 from fastdino.eval.features import raw_pixels
 from fastdino.files import write_atomically
@@ -51,10 +52,14 @@ class KNN:
             raise ValueError(f"--k {' '.join(map(str, self.k))}: give numbers of neighbours, 1 or more")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: a temperature is above 0")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: give 1 or more")
+        if self.json and not Path(self.json).parent.is_dir():
+            raise ValueError(
+                f"--json {self.json}: there is no folder {Path(self.json).parent}; make it first"
+            )
         console = Console()
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        )
+        device = choose_device(self.device)
         _, config = checkpoint.read_teacher(self.weights)
         policy = config.data.crops
         train, val = open_source(self.data), open_source(self.val) if self.val else None
@@ -102,7 +107,7 @@ def main() -> None:
     command = tyro.extras.subcommand_cli_from_dict({"knn": KNN}, prog="fastdino-eval", description=__doc__)
     try:
         command.run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"fastdino-eval: {error}")
 
 
