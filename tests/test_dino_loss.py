@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdino.ops import dino_loss
+from fastdino.ops import dino_loss, native
 from fastdino.ops.dino_loss import _dino_loss
 
-IMPLS = ["torch"]
+IMPLS = ["torch", *(["cpu"] if native.isas() else [])]
 
 
 @pytest.fixture(params=IMPLS)
@@ -97,6 +97,8 @@ SHAPES = [  # V, G, B, K
     (2, 1, 1, 1),  # the loss of one prototype is 0
     (3, 3, 2, 7),
     (1, 2, 2, 50),  # fewer crops for the student than for the teacher
+    (3, 2, 2, 2049),  # one column more than a tile of the C++ kernel
+    (2, 1, 3, 4100),
 ]
 
 
@@ -108,7 +110,13 @@ def test_loss_and_gradient_are_as_accurate_as_the_formula(impl, shape, poison):
 @pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_side_has_its_own_dtype(impl, student, teacher, poison):
-    check(impl, *logits(5, 2, 3, 301, student=student, teacher=teacher))
+    given = logits(5, 2, 3, 301, student=student, teacher=teacher)
+    if impl == "cpu" and torch.float16 in (student, teacher):
+        with pytest.raises(ValueError, match=r"not torch\.float16"):
+            check(impl, *given)
+        check("auto", *given)
+    else:
+        check(impl, *given)
 
 
 @pytest.mark.parametrize(("ts", "tt"), [(0.1, 0.01), (0.01, 0.07), (1.0, 1.0)])
@@ -119,7 +127,7 @@ def test_large_logits_and_small_temperatures(impl, ts, tt, scale):
 
 def test_gradient_follows_the_upstream_gradient(impl):
     check(impl, *logits(4, 2, 2, 100), upstream=0.37)
-    check(impl, *logits(4, 2, 2, 100, student=torch.float16), upstream=1024.0)
+    check(impl, *logits(4, 2, 2, 100, student=torch.bfloat16), upstream=1024.0)
 
 
 def test_pair_weights_choose_and_weigh_the_pairs(impl):
@@ -264,3 +272,49 @@ def test_integers_raise():
     x = torch.zeros(2, 2, 3)
     with pytest.raises(ValueError, match="int64"):
         dino_loss(x.long(), x, torch.zeros(3), student_temp=1, teacher_temp=1)
+
+
+needs_native = pytest.mark.skipif(not native.isas(), reason=native.describe())
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set_is_as_accurate(isa, dtype, monkeypatch, poison):
+    monkeypatch.setattr(native, "isas", lambda: (isa,))
+    for shape in SHAPES:
+        check("cpu", *logits(*shape, student=dtype, teacher=dtype))
+
+
+@needs_native
+def test_result_does_not_depend_on_the_number_of_threads(monkeypatch):
+    given = logits(4, 2, 3, 10000)
+    results = []
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        leaf = given[0].clone().requires_grad_()
+        loss, mean = dino_loss(
+            leaf,
+            *given[1:],
+            student_temp=0.1,
+            teacher_temp=0.04,
+            impl="cpu",
+            return_teacher_mean=True,
+        )
+        results.append((loss.detach(), mean, torch.autograd.grad(loss, leaf)[0]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_a_large_gradient_is_streamed_past_the_caches(poison):
+    given = logits(4, 2, 2, 2**19 + 64)  # 16 MiB of gradient and a little
+    check("cpu", *given)
+
+
+@needs_native
+def test_auto_takes_the_plain_form_for_more_teacher_crops_than_the_kernel_has_room_for():
+    given = logits(2, 65, 1, 5)
+    check("auto", *given)
+    with pytest.raises(ValueError, match="up to 64 crops"):
+        check("cpu", *given)

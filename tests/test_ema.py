@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdino.ops import ema_
+from fastdino.ops import ema_, native
 from fastdino.ops.ema import _ema_
 
-IMPLS = ["torch"]
+IMPLS = ["torch", *(["cpu"] if native.isas() else [])]
 
 
 @pytest.fixture(params=IMPLS)
@@ -131,3 +131,20 @@ def test_impossible_momentum_raises(momentum):
 def test_operator_passes_opcheck(impl):
     t, s = lists()
     torch.library.opcheck(_ema_, (t, s, torch.tensor(0.9), impl))
+
+
+needs_native = pytest.mark.skipif(not native.isas(), reason=native.describe())
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_instruction_set_and_number_of_threads_updates_every_element(isa, threads, monkeypatch):
+    monkeypatch.setattr(native, "isas", lambda: (isa,))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    sizes = (1, 16384, 100_003, 0, 16385, 7)  # around the kernel's chunk of 16384
+    for dtype in (torch.float32, torch.bfloat16):
+        t, s = [torch.randn(n) for n in sizes], [torch.randn(n).to(dtype) for n in sizes]
+        before = copy.deepcopy(t)
+        ema_(t, s, 0.9, impl="cpu")
+        assert_updated(before, s, t, 0.9)

@@ -10,10 +10,13 @@ Student (V, B, K), teacher (G, B, K), centre (K,). Everything is accumulated in 
 logit is float64.
 """
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdino.ops import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -93,6 +96,97 @@ def dino_loss_bwd_ref(
         grad_student[v] = out.mul_(scale)
 
 
+POINTER, FLOAT, INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+CPU_FORWARD = (POINTER,) * 10 + (FLOAT, FLOAT, POINTER, INT, INT)
+CPU_BACKWARD = (POINTER,) * 8 + (FLOAT, FLOAT, FLOAT, POINTER, INT, INT)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_MAX_TEACHERS = 64  # MAX_TEACHERS of kernels/dino_loss.cpp
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Logits whose last axis is contiguous; crops and images keep any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _cpu_call(student: Tensor, teacher: Tensor, out: Tensor) -> tuple[Any, int, int, Tensor]:
+    """What both directions pass to C: sizes with strides, dtypes, threads; and their workspace."""
+    crops = (student, teacher, out)
+    sizes = [student.shape[0], teacher.shape[0], *student.shape[1:]]
+    strides = [stride for x in crops for stride in x.stride()[:2]]
+    numbers = (ctypes.c_int64 * 10)(*sizes, *strides)
+    half = (student.dtype == torch.bfloat16) + 2 * (teacher.dtype == torch.bfloat16)
+    # below some ten microseconds of work a second thread costs more than it does
+    threads = torch.get_num_threads() if student.numel() + teacher.numel() > 65536 else 1
+    floats = ctypes.c_int64()
+    size_of = native.kernel("dino_loss_workspace", (POINTER, POINTER, INT))
+    size_of(ctypes.addressof(floats), ctypes.addressof(numbers), threads)
+    return numbers, half, threads, torch.empty(floats.value)
+
+
+def dino_loss_cpu(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dino_loss_ref` by kernels/dino_loss.cpp."""
+    student, teacher = _rows(student), _rows(teacher)
+    center, pair_weights = center.contiguous(), pair_weights.contiguous()
+    out = _empty_results(student, teacher, center)
+    numbers, half, threads, workspace = _cpu_call(student, teacher, student)
+    losses = torch.empty(student.shape[1], dtype=torch.float64)
+    tensors = (*out, workspace, losses, student, teacher, center, pair_weights)
+    native.kernel("dino_loss_forward", CPU_FORWARD)(
+        *(x.data_ptr() for x in tensors),
+        student_temp.item(),
+        teacher_temp.item(),
+        ctypes.addressof(numbers),
+        half,
+        threads,
+    )
+    return out
+
+
+def dino_loss_bwd_cpu(
+    grad_student: Tensor,
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+) -> None:
+    """`dino_loss_bwd_ref` by kernels/dino_loss.cpp."""
+    student, teacher = _rows(student), _rows(teacher)
+    center, pair_weights = center.contiguous(), pair_weights.contiguous()
+    out = grad_student if grad_student.stride(-1) == 1 else torch.empty_like(student)
+    numbers, half, threads, workspace = _cpu_call(student, teacher, out)
+    tensors = (out, workspace, student, teacher, center, pair_weights, student_stats, teacher_stats)
+    native.kernel("dino_loss_backward", CPU_BACKWARD)(
+        *(x.data_ptr() for x in tensors),
+        student_temp.item(),
+        teacher_temp.item(),
+        grad.item(),
+        ctypes.addressof(numbers),
+        half,
+        threads,
+    )
+    if out is not grad_student:
+        grad_student.copy_(out)
+
+
+def _empty_results(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics of both sides and the teacher's mean, to be written."""
+    (v, b, k), g = student.shape, teacher.shape[0]
+    loss, mean = center.new_empty(()), center.new_empty(k)
+    return loss, center.new_empty(2, v, b), center.new_empty(2, g, b), mean
+
+
 @torch.library.custom_op("fastdino::dino_loss", mutates_args=())
 def _dino_loss(
     student: Tensor,
@@ -104,7 +198,8 @@ def _dino_loss(
     impl: str,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dino_loss_ref(student, teacher, center, student_temp, teacher_temp, pair_weights)
+    run = dino_loss_cpu if impl == "cpu" else dino_loss_ref
+    return run(student, teacher, center, student_temp, teacher_temp, pair_weights)
 
 
 @_dino_loss.register_fake
@@ -118,8 +213,7 @@ def _(
     impl: str,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (v, b, k), g = student.shape, teacher.shape[0]
-    return center.new_empty(()), center.new_empty(2, v, b), center.new_empty(2, g, b), center.new_empty(k)
+    return _empty_results(student, teacher, center)
 
 
 @torch.library.custom_op("fastdino::dino_loss_bwd", mutates_args=())
@@ -197,8 +291,9 @@ def _dino_loss_bwd_(
 
 
 def _backward_into(grad_student: Tensor, *args: Any) -> None:
-    *tensors, _ = args
-    dino_loss_bwd_ref(grad_student, *tensors)
+    *tensors, impl = args
+    run = dino_loss_bwd_cpu if impl == "cpu" else dino_loss_bwd_ref
+    run(grad_student, *tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -224,8 +319,30 @@ _dino_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def choose(device: torch.device) -> tuple[str, str]:
-    """The implementation that "auto" takes on a device, and why none that is faster."""
-    return "torch", "nothing faster is built"
+    """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
+    if device.type != "cpu":
+        return "torch", f"there is no kernel for {device.type}"
+    return ("cpu" if native.isas() else "torch"), native.describe()
+
+
+def _resolve(impl: str, student: Tensor, teacher: Tensor) -> str:
+    """The implementation that runs; "auto" takes the plain form for what the kernels do not cover."""
+    chosen = choose(student.device)[0] if impl == "auto" else impl
+    if chosen == "cpu":
+        why = ""
+        if not native.isas():
+            why = native.describe()
+        elif student.device.type != "cpu":
+            why = f"the logits are on {student.device}"
+        elif unknown := {student.dtype, teacher.dtype}.difference(CPU_DTYPES):
+            why = f"its kernels know float32 and bfloat16, not {unknown.pop()}"
+        elif teacher.shape[0] > CPU_MAX_TEACHERS:
+            why = f"its kernels know up to {CPU_MAX_TEACHERS} crops of the teacher, not {teacher.shape[0]}"
+        if why and impl == "auto":
+            return "torch"
+        if why:
+            raise ValueError(f"impl='cpu' cannot run: {why}; give impl='torch' or 'auto'")
+    return chosen
 
 
 def _check(
@@ -269,8 +386,8 @@ def _check(
         )
     if pair_weights is not None and pair_weights.shape != pairs:
         raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}: give (V, G) = {pairs}")
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl is {impl!r}: give auto or torch")
+    if impl not in ("auto", "torch", "cpu"):
+        raise ValueError(f"impl is {impl!r}: give auto, torch or cpu")
 
 
 def dino_loss(
@@ -296,7 +413,7 @@ def dino_loss(
         teacher_temp: likewise.
         pair_weights: (V, G), weight of student crop v against teacher crop g; None is official DINO: 1, and 0
             where v == g. The loss is divided by their sum, which must not be 0.
-        impl: "auto" or "torch".
+        impl: "auto", "torch" or "cpu" (the C++ kernels: float32 and bfloat16).
         inplace_backward: write the gradient over the student's logits, which saves a tensor of their size.
             Only for logits that nobody reads after the loss; autograd raises if another operation saved them.
             Ignored under torch.compile.
@@ -325,7 +442,7 @@ def dino_loss(
         center.detach().to(dtype),
         *(torch.as_tensor(t, dtype=dtype, device=device).detach().reshape(()) for t in temps.values()),
         pair_weights.detach().to(device, dtype),
-        choose(device)[0] if impl == "auto" else impl,
+        _resolve(impl, student, teacher),
         inplace_backward,
     )
     return (loss, teacher_mean) if return_teacher_mean else loss

@@ -1,0 +1,55 @@
+"""The compiled CPU kernels: finds and loads libfastdino_cpu.so, or says why there is none."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).parent.parent / "libfastdino_cpu.so"
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and the instruction sets it can use here, best first; or None and the reason."""
+    if not LIBRARY.exists():
+        log = LIBRARY.with_suffix(".log")  # left by setup.py
+        why = (
+            log.read_text().partition("\n")[0]
+            if log.exists()
+            else "`pip install .` with a C++ compiler builds it"
+        )
+        return None, f"{LIBRARY.name} is not built: {why}"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"{LIBRARY.name} does not load: {error}"
+    library.fastdino_isas.restype = ctypes.c_char_p
+    return library, library.fastdino_isas().decode()
+
+
+@torch.compiler.assume_constant_result
+def isas() -> tuple[str, ...]:
+    """Instruction sets of the kernels that this machine runs, best first; empty without the library."""
+    library, what = load()
+    return tuple(what.split()) if library else ()
+
+
+@torch.compiler.assume_constant_result
+def describe() -> str:
+    """Which instruction set the kernels use, or why there are no kernels."""
+    return (isas() or (load()[1],))[0]
+
+
+def kernel(name: str, argtypes: tuple[Any, ...]) -> Callable[..., None]:
+    """The C function fastdino_<name> for the best instruction set. It runs without the GIL."""
+    return _kernel(name, argtypes, isas()[0])
+
+
+@functools.cache
+def _kernel(name: str, argtypes: tuple[Any, ...], isa: str) -> Callable[..., None]:
+    function = getattr(load()[0], f"fastdino_{name}_{isa}")
+    function.argtypes, function.restype = argtypes, None
+    return function
