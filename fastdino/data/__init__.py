@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 MAX_IN_A_ROW = 100  # unreadable files one after the other, before the run stops
+_CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 
 @dataclass
@@ -137,28 +138,31 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
-        while True:
-            try:
-                loaded = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"a process that loads images died ({str(error).strip()}): often memory ran out; lower "
-                    "--workers or --batch-size, or give the container more shared memory (--shm-size), and "
-                    "start again"
-                ) from error
-            if isinstance(loaded, Unreadable):
-                raise loaded
-            pixels, indices, failed = loaded
-            yield Batch(
-                views=_split(pixels, self._sizes),
-                indices=indices,
-                unreadable=[path for path, _ in failed],
-                reasons=[reason for _, reason in failed],
-            )
+        try:
+            while True:
+                try:
+                    loaded = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        f"a process that loads images died ({str(error).strip()}): often memory ran out; "
+                        "lower --workers or --batch-size, or give the container more shared memory "
+                        "(--shm-size), and start again"
+                    ) from error
+                if isinstance(loaded, Unreadable):
+                    raise Unreadable(loaded.path, loaded.reason)
+                pixels, indices, failed = loaded
+                yield Batch(
+                    views=_split(pixels, self._sizes),
+                    indices=indices,
+                    unreadable=[path for path, _ in failed],
+                    reasons=[reason for _, reason in failed],
+                )
+        finally:
+            del batches  # ends the workers now, not when the traceback that holds this frame is dropped
 
 
 Loaded = tuple[
@@ -275,7 +279,7 @@ def choose_workers(batch: int) -> int:
     """Cores that this process may use, less one for itself; no more than there are images in a batch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:  # a container's share: "200000 100000" is two cores
+        with open(_CPU_QUOTA) as file:  # a container's share: "200000 100000" is two cores
             quota, period = file.read().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):

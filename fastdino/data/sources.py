@@ -30,7 +30,7 @@ class Unreadable(Exception):
     """A file that cannot be used as an image; `path` names it and `reason` says why."""
 
     def __init__(self, path: str, reason: str = "") -> None:
-        super().__init__(path, reason)  # both in args: that is what pickling between processes keeps
+        super().__init__(path, reason)
         self.path = path.encode(
             "utf-8", "backslashreplace"
         ).decode()  # names that are not UTF-8 can be printed
@@ -129,7 +129,6 @@ def read_image(path: str) -> Image.Image:
     with _opened(path) as image:
         image.load()
         orientation = _orientation(image)
-        image.info.pop("transparency", None)
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray(_to_8_bits(np.asarray(image)))
         if image.mode != "RGB":
@@ -238,7 +237,7 @@ def _open_list(path: str) -> Source:
             content = file.read(1 << 16)
             if b"\0" not in content:  # an archive may be larger than the memory
                 content += file.read()
-    if not os.path.isfile(path) or b"\0" in content or path.lower().endswith(EXTENSIONS):
+    if not os.path.isfile(path) or b"\0" in content:
         raise ValueError(
             f"{path}: neither a folder nor a text file; give a folder of images (unpack an archive first) or "
             "a text file with one path a line"

@@ -1,0 +1,392 @@
+"""Loader: the same images and crops whatever workers and resumes do; bad files, dying workers and signals."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino import data
+from fastdino.config import CropPolicy
+from fastdino.data import Batch, Unreadable, crop_size_warning, make_loader, open_source, steps_per_epoch
+from fastdino.data.crops import draw, render, to_tensor
+
+POLICY = CropPolicy(global_crops_size=16, local_crops_size=8, local_crops_number=3)
+N = 23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(N):
+        height, width = rng.integers(12, 40, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / f"{i:02}.png")
+    return root
+
+
+def load(folder: Path, **options) -> list[Batch]:
+    options = {
+        "batch_size": 6,
+        "pieces": 1,
+        "seed": 0,
+        "start_step": 0,
+        "total_steps": 8,
+        "workers": 0,
+        "pin": False,
+    } | options
+    loader = make_loader(open_source(str(folder)), options.pop("policy", POLICY), **options)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert len(a.views) == len(b.views)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+        assert (a.unreadable, a.reasons) == (b.unreadable, b.reasons)
+
+
+# --- what a batch holds
+
+
+def test_a_batch_holds_the_drawn_views_of_its_images(folder):
+    source = open_source(str(folder))
+    per_epoch = N // 6
+    for step, batch in enumerate(load(folder, seed=5)):
+        assert [tuple(v.shape) for v in batch.views] == [(6, 3, 16, 16)] * 2 + [(6, 3, 8, 8)] * 3
+        assert all(v.dtype == torch.uint8 and v.is_contiguous() for v in batch.views)
+        assert batch.indices.dtype == torch.int64
+        assert batch.unreadable == batch.reasons == []
+        for place, index in enumerate(batch.indices.tolist()):
+            image = source.load(index)
+            for got, view in zip(
+                batch.views, draw(POLICY, 5, step // per_epoch, index, image.size), strict=True
+            ):
+                assert torch.equal(got[place], to_tensor(render(image, view)))
+
+
+def test_an_epoch_is_a_permutation_without_its_last_incomplete_batch(folder):
+    batches = load(folder, total_steps=9)
+    epochs = [torch.cat([b.indices for b in batches[e * 3 : e * 3 + 3]]).tolist() for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 18
+        assert set(epoch) <= set(range(N))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    other = torch.cat([b.indices for b in load(folder, total_steps=3, seed=1)]).tolist()
+    assert other not in epochs
+
+
+def test_every_image_is_equally_likely_at_every_place():
+    n, epochs = 8, 4000
+    orders = torch.stack([data.epoch_order(n, 3, epoch) for epoch in range(epochs)])
+    assert torch.equal(orders.sort(1).values, torch.arange(n).expand(epochs, n))
+    counts = torch.stack([(orders == image).sum(0) for image in range(n)]).double()
+    expected = epochs / n
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square <= 98  # the 1 - 1e-4 quantile at 7 x 7 degrees of freedom is 97.8
+
+
+def test_the_order_follows_from_seed_and_epoch_not_from_their_sum():
+    orders = {tuple(data.epoch_order(50, seed, epoch).tolist()) for seed in range(6) for epoch in range(6)}
+    assert len(orders) == 36
+
+
+# --- the same whatever happens
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_batches(folder, workers):
+    assert_same(load(folder, workers=workers), load(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 3, 5, 7, 8])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_would_have_seen(folder, start, workers):
+    assert_same(load(folder, start_step=start, workers=workers), load(folder)[start:])
+
+
+def test_a_longer_run_begins_like_a_shorter_one(folder):
+    assert_same(load(folder, total_steps=11)[:8], load(folder))
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 6])
+def test_pieces_are_consecutive_parts_of_the_batch(folder, pieces):
+    whole, parts = load(folder, start_step=2), load(folder, start_step=2, pieces=pieces)
+    assert len(parts) == pieces * len(whole)
+    for i, batch in enumerate(whole):
+        own = parts[i * pieces : (i + 1) * pieces]
+        assert torch.equal(torch.cat([p.indices for p in own]), batch.indices)
+        for v, view in enumerate(batch.views):
+            assert torch.equal(torch.cat([p.views[v] for p in own]), view)
+
+
+def test_iterating_twice_gives_the_same_batches(folder):
+    loader = make_loader(
+        open_source(str(folder)),
+        POLICY,
+        batch_size=6,
+        pieces=1,
+        seed=0,
+        start_step=0,
+        total_steps=2,
+        workers=0,
+        pin=False,
+    )
+    assert_same(list(loader), list(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_states_are_left_alone(folder, workers):
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    load(folder, total_steps=2, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_the_next_epoch_is_loaded_before_it_is_asked_for(folder):
+    """Asked of the source while the batches of the first epoch, three of them, are taken out."""
+    source, asked = open_source(str(folder)), multiprocessing.Value("i", 0)
+
+    def load_and_count(i):
+        with asked.get_lock():
+            asked.value += 1
+        return read(i)
+
+    read, source.load = source.load, load_and_count
+    options = {"seed": 0, "start_step": 0, "total_steps": 9, "workers": 2, "pin": False}
+    batches = iter(make_loader(source, POLICY, batch_size=6, pieces=1, **options))
+    for _ in range(3):
+        next(batches)
+    workers = {child.pid for child in multiprocessing.active_children()}
+    deadline = time.monotonic() + 20
+    while asked.value < 6 * 5:  # two batches of the next epoch, though nobody has asked for them
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(list(batches)) == 6
+    assert len(workers) == 2
+
+
+# --- files that cannot be read
+
+
+@pytest.fixture
+def holed(folder, tmp_path) -> Path:
+    """The same folder with files 4, 5 and the last one broken."""
+    for i in range(N):
+        content = (folder / f"{i:02}.png").read_bytes()
+        (tmp_path / f"{i:02}.png").write_bytes(content[:60] if i in (4, 5, N - 1) else content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_gives_its_place_to_the_next_with_crops_of_its_own(folder, holed, workers):
+    source = open_source(str(folder))
+    whole, some = load(folder), load(holed, workers=workers)
+    seen = 0
+    for step, (a, b) in enumerate(zip(whole, some, strict=True)):
+        broken = [i for i in a.indices.tolist() if i in (4, 5, N - 1)]
+        assert b.unreadable == [str(holed / f"{i:02}.png") for i in broken]
+        assert len(b.reasons) == len(broken)
+        assert all("truncated" in reason.lower() for reason in b.reasons)
+        for place, index in enumerate(a.indices.tolist()):
+            used = {4: 6, 5: 6, N - 1: 0}.get(index, index)
+            assert b.indices[place] == used
+            if used == index:
+                assert all(torch.equal(x[place], y[place]) for x, y in zip(a.views, b.views, strict=True))
+                continue
+            seen += 1
+            image = source.load(used)
+            for got, view in zip(b.views, draw(POLICY, 0, step // 3, index, image.size), strict=True):
+                assert torch.equal(got[place], to_tensor(render(image, view)))
+    assert seen >= 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_during_the_run_is_reported(folder, tmp_path, workers):
+    for i in range(N):
+        os.link(folder / f"{i:02}.png", tmp_path / f"{i:02}.png")
+    source = open_source(str(tmp_path))
+    os.unlink(tmp_path / "07.png")
+    options = {"seed": 0, "start_step": 0, "total_steps": 1, "workers": workers, "pin": False}
+    (batch,) = make_loader(source, POLICY, batch_size=N, pieces=1, **options)
+    assert batch.unreadable == [str(tmp_path / "07.png")]
+    assert batch.reasons == ["no such file"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_broken_files_ends_with_one_named(tmp_path, workers):
+    (tmp_path / "list.txt").write_text("".join(f"missing/{i:03}.png\n" for i in range(150)))
+    before, begin = len(multiprocessing.active_children()), time.monotonic()
+    with pytest.raises(
+        Unreadable, match=r"missing/\d+\.png: no such file; so were the 99 files before it"
+    ) as caught:
+        load(tmp_path / "list.txt", workers=workers)
+    assert "Traceback" not in str(caught.value)
+    assert len(multiprocessing.active_children()) == before  # though `caught` still holds the loader's frames
+    assert time.monotonic() - begin < 5  # the DataLoader waits that long for workers that do not end
+
+
+def test_fewer_broken_files_than_a_hundred_also_end(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").touch()
+    with pytest.raises(Unreadable, match="empty file; so were the 7 files before it"):
+        load(tmp_path)
+
+
+# --- impossible settings
+
+
+def test_a_batch_larger_than_the_set_says_so(folder):
+    with pytest.raises(ValueError, match=f"--batch-size 24 is larger than the {N} images: lower it to {N}"):
+        load(folder, batch_size=24)
+    with pytest.raises(ValueError, match="larger than the 5 images"):
+        steps_per_epoch(5, 6)
+    assert [steps_per_epoch(n, 6) for n in (6, 11, 12)] == [1, 1, 2]
+    assert [len(b.indices) for b in load(folder, batch_size=N, total_steps=2)] == [N, N]
+
+
+def test_pieces_that_do_not_divide_the_batch_say_so(folder):
+    with pytest.raises(ValueError, match="--batch-size 6 is not a multiple of --accumulate 4"):
+        load(folder, pieces=4)
+
+
+def test_crops_far_larger_than_the_images_are_noted(folder, tmp_path):
+    source = open_source(str(folder))
+    assert crop_size_warning(source, replace(POLICY, global_crops_size=32)) is None
+    note = crop_size_warning(source, replace(POLICY, global_crops_size=224))
+    assert note is not None
+    shorts = sorted(min(source.load(i).size) for i in range(N))
+    assert f"shorter side is {shorts[N // 2]:g} pixels (median of {N})" in note
+    assert "global crops' 224: lower --global-crops-size" in note
+    short = shorts[N // 2]
+    assert crop_size_warning(source, replace(POLICY, global_crops_size=2 * short)) is None
+    assert crop_size_warning(source, replace(POLICY, global_crops_size=2 * short + 1)) is not None
+
+
+def test_a_note_on_sizes_does_without_unreadable_files(holed, tmp_path_factory):
+    assert "median of 23" in crop_size_warning(open_source(str(holed)), CropPolicy())  # headers are whole
+    (holed / "list.txt").write_text("missing.png\n")
+    assert crop_size_warning(open_source(str(holed / "list.txt")), CropPolicy()) is None
+
+
+# --- workers
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "batch", "expected"),
+    [
+        (16, None, 64, 15),
+        (1, None, 64, 1),
+        (2, None, 64, 1),
+        (16, None, 4, 4),
+        (16, "max 100000", 64, 15),
+        (16, "400000 100000", 64, 3),
+        (16, "50000 100000", 64, 1),
+    ],
+)
+def test_workers_follow_the_cores_this_process_may_use(monkeypatch, tmp_path, cores, quota, batch, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(data, "_CPU_QUOTA", str(tmp_path / "cpu.max"))
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert data.choose_workers(batch) == expected
+
+
+def long_run(folder: Path) -> tuple[Iterator[Batch], list[int]]:
+    """A run under way, and its workers' process ids."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    options = {"seed": 0, "start_step": 0, "total_steps": 10_000, "workers": 2, "pin": False}
+    batches = iter(make_loader(open_source(str(folder)), POLICY, batch_size=6, pieces=1, **options))
+    next(batches)
+    return batches, [child.pid for child in multiprocessing.active_children() if child.pid not in before]
+
+
+def test_a_killed_worker_is_a_clear_error_and_no_hang(folder):
+    batches, workers = long_run(folder)
+    os.kill(workers[0], signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker|process that loads images died"):
+        for _ in batches:
+            pass
+    assert time.monotonic() - begin < 20
+
+
+def test_a_worker_s_death_says_what_to_do(folder, monkeypatch):
+    def die(self, *args):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(torch.utils.data.dataloader._SingleProcessDataLoaderIter, "_next_data", die)
+    with pytest.raises(
+        RuntimeError, match=r"images died \(DataLoader worker \(pid\(s\) 7\).*lower --workers"
+    ):
+        load(folder)
+
+
+def test_other_errors_pass_as_they_are(folder, monkeypatch):
+    monkeypatch.setattr(data, "render", lambda image, view: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(folder)
+
+
+def test_workers_leave_ctrl_c_and_one_sigterm_to_the_training_process(folder):
+    """A signal to the whole process group must not take the batches that the trainer needs for its step."""
+    heard = []
+    handlers = {
+        s: signal.signal(s, lambda signum, _: heard.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        batches, workers = long_run(folder)
+        time.sleep(0.5)  # a worker that was just forked sets its handlers first
+        for pid in workers:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        for _ in range(20):
+            assert len(next(batches).indices) == 6
+        assert {child.pid for child in multiprocessing.active_children()} >= set(workers)
+        assert heard == []  # the parent's handlers do not run in workers, nor here
+        os.kill(workers[1], signal.SIGTERM)
+        with pytest.raises(RuntimeError, match=r"DataLoader worker|process that loads images died"):
+            for _ in batches:
+                pass
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def test_workers_end_with_the_iteration(folder):
+    batches, workers = long_run(folder)
+    batches.close()
+    deadline = time.monotonic() + 10
+    while any(child.pid in workers for child in multiprocessing.active_children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_workers_use_one_thread_each(folder, monkeypatch):
+    def tell(self, i):
+        raise Unreadable(str(torch.get_num_threads()), "threads")
+
+    monkeypatch.setattr(data.Source, "load", tell)
+    with pytest.raises(Unreadable, match=r"^1: threads"):
+        load(folder, workers=1)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_come_pinned(folder):
+    (batch, *_) = load(folder, workers=1, pin=True)
+    assert all(v.is_pinned() for v in batch.views)
