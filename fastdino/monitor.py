@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fastdino.files import write_atomically
 
@@ -53,12 +54,13 @@ class Monitor:
                 project=wandb, dir=str(out), config=config, resume="allow", id=_run_id(out)
             )
         self.bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(min_width=8)),
             TextColumn("left"),
             console=self.console,
+            expand=True,
             disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task("train", completed=start, total=total, text="")
@@ -98,17 +100,18 @@ class Monitor:
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Move the bar to `step`; without a terminal, print a line every now and then."""
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.0f} images/s  "
-            f"waiting for data {values['data_wait']:.0%}"
-        )
-        self.bar.update(self.task, completed=step, text=text)
+        learnt = f"loss {values['loss']:.3f} lr {values['lr']:.1e} {values['images_per_s']:.0f} img/s"
+        # Any longer, and on 80 columns the bar and the time left would lose their places.
+        self.bar.update(self.task, completed=step, text=f"{learnt} wait {values['data_wait']:.0%}")
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > PLAIN_LINE_SECONDS or step == self.total):
             self.last_line = now
             left = (self.total - step) * values["batch_size"] / max(values["images_per_s"], 1e-9)
             minutes, seconds = divmod(round(left), 60)
-            self.say(f"step {step}/{self.total}  {text}  {minutes}:{seconds:02d} left")
+            self.say(
+                f"step {step}/{self.total} {learnt}, waiting for data {values['data_wait']:.0%}, "
+                f"{minutes}:{seconds:02d} left"
+            )
 
 
 def _run_id(out: Path) -> str:
