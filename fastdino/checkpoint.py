@@ -57,9 +57,11 @@ def claim(out: Path, config: Config) -> TextIO:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a")  # noqa: SIM115  held for the whole run; the system frees it even after kill -9
+    lock = open(out / ".lock", "a")  # noqa: SIM115  held for the whole run
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A record lock: the system frees it when this process ends, however it ends. The loader's processes,
+        # which outlive a kill -9 by seconds, do not inherit it, as they would a flock.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         raise ValueError(

@@ -24,7 +24,7 @@ from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.dino import DINO
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import evaluate_knn
-from fastdino.monitor import Monitor, plot_curves
+from fastdino.monitor import Monitor, plot_curves, read_metrics
 
 
 class RunError(RuntimeError):
@@ -167,7 +167,8 @@ def train(config: Config) -> dict[str, Any]:
             if note := data.crop_size_warning(source, policy):
                 monitor.say(note)
             if start:
-                monitor.say(f"continuing {out} at step {start} of {total}")
+                what = "is complete" if start == total else "is continued"
+                monitor.say(f"{out} {what}: step {start} of {total}")
             if cfg.warmup_epochs > cfg.epochs or config.method.warmup_teacher_temp_epochs > cfg.epochs:
                 monitor.say("a warm-up longer than the run was shortened to its published share of it")
 
@@ -215,7 +216,7 @@ def train(config: Config) -> dict[str, Any]:
                 config.run.log_every, 2, device=device
             )  # loss and gradient norm, read when logging
             since: list[tuple[int, float, list[Tensor]]] = []  # step, lr and images of each row of it
-            values: dict[str, Any] = {}
+            values: dict[str, Any] = read_metrics(out)[-1] if start == total else {}
             in_a_row, waited, paused, began = 0, 0.0, 0.0, time.perf_counter()
 
             for step in range(start, total):
@@ -352,7 +353,7 @@ def train(config: Config) -> dict[str, Any]:
                 )
                 monitor.say(f"attention  {path}")
             monitor.say(f"teacher    {out / 'teacher.safetensors'}")
-    return values
+    return {"step": total, **values}
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """Official DINO as published, plainly: the algorithm that the tests hold fastdino to.
 
-Written from the paper (arXiv:2104.14294, algorithm 1 and appendix) and the published defaults; shares no code with
-fastdino but the networks that it is given. Works in the networks' dtype, so float64 gives the truth.
+Written from the paper (arXiv:2104.14294, algorithm 1 and appendix) and the published defaults; shares no code
+with fastdino but the networks that it is given. Works in the networks' dtype, so float64 gives the truth.
 """
 
 import copy

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -132,9 +134,10 @@ def test_claim_refuses_two_processes_a_file_and_foreign_files(tmp_path: Path) ->
     config = make_config(tmp_path, tmp_path)
     with (
         checkpoint.claim(tmp_path / "run", config),
+        ProcessPoolExecutor(1, get_context("fork")) as other,
         pytest.raises(ValueError, match="another process is training"),
     ):
-        checkpoint.claim(tmp_path / "run", config)
+        other.submit(checkpoint.claim, tmp_path / "run", config).result()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: give a folder"):
         checkpoint.claim(tmp_path / "file", config)

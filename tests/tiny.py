@@ -1,4 +1,4 @@
-"""A run small enough for a test: a folder of little images, and a configuration that trains on it in a second."""
+"""A run small enough for a test: a folder of little images, and a configuration that trains on it."""
 
 import dataclasses
 from pathlib import Path

@@ -1,0 +1,38 @@
+# make demo   install, render the sample images, train on them (under 5 minutes on two cores), show the result
+# make test   install and run all tests
+# make check  ruff, format, types
+# PYTHON=python3.12 make ...   another interpreter for the virtual environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m fastdino.data.samples samples
+	$(BIN)/fastdino-train demo --data samples/train --val samples/val --out runs/demo
+	$(BIN)/fastdino-eval knn runs/demo --data samples/train --val samples/val --baselines
+	@echo "curves     runs/demo/curves.png"
+	@echo "attention  runs/demo/attention.png"
+	@echo "teacher    runs/demo/teacher.safetensors"
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build samples runs fastdino/*.so

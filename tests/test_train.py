@@ -1,0 +1,418 @@
+"""fastdino-train: resuming, stopping, bad images, non-finite steps, host syncs, and what a person is told."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import make_config, make_images
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdino import checkpoint, train
+from fastdino.config import Config
+from fastdino.dino import DINO
+from fastdino.monitor import read_metrics
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nineteen images in two classes: two updates of 8 an epoch, three left over."""
+    return make_images(tmp_path_factory.mktemp("images"), 19, classes=2)
+
+
+def final_tensors(out: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of checkpoint `step`: student, teacher, centre, optimiser."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    path = checkpoint.checkpoints(out)[step]
+    shapes = FileSystemReader(path).read_metadata().state_dict_metadata
+    into = {name: torch.zeros(m.size, dtype=m.properties.dtype) for name, m in shapes.items()}
+    checkpoint.load(path, into)
+    return into
+
+
+def run_until(config: Config, step: int, signum: int = signal.SIGTERM) -> None:
+    """Train in this process and send it `signum` during update `step`."""
+    original, count = DINO.forward, 0
+
+    def forward(self: DINO, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signum)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "forward", forward)
+        with pytest.raises(train.Interrupted) as stopped:
+            train.train(config)
+    assert stopped.value.signum == signum
+
+
+KINDS = {
+    "adamw with drop path": {"drop_path_rate": 0.3, "freeze_last_layer": 2},
+    "batch norm, sgd, pieces": {
+        "arch": "resnet18",
+        "optimizer": "sgd",
+        "accumulate": 2,
+        "use_bn_in_head": True,
+    },
+    "bf16, lars, loader processes": {"precision": "bf16", "optimizer": "lars", "workers": 2},
+    "fp16, previous epoch": {
+        "precision": "fp16",  # very slow on a CPU
+        "teacher_update": "previous_epoch",
+        "local_crops_number": 0,
+        "global_crops_size": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_equals_the_uninterrupted_bit_for_bit(images: Path, tmp_path: Path, kind: str) -> None:
+    flags = {"epochs": 3, "save_every": 100, "keep_every_epochs": 0, **KINDS[kind]}
+    whole = make_config(images, tmp_path / "whole", **flags)
+    train.train(whole)
+    config = make_config(images, tmp_path / "stopped", **{**flags, "log_every": 3})
+    pieces = config.optim.accumulate
+    run_until(config, 3 * pieces, signal.SIGTERM)  # in the middle of the second epoch
+    assert list(checkpoint.checkpoints(tmp_path / "stopped")) == [3]
+    run_until(config, 2 * pieces, signal.SIGINT)
+    assert max(checkpoint.checkpoints(tmp_path / "stopped")) == 5
+    train.train(config)
+    expected, got = final_tensors(tmp_path / "whole", 6), final_tensors(tmp_path / "stopped", 6)
+    assert expected.keys() == got.keys()
+    assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
+    assert sum(v.abs().sum().item() for v in expected.values() if v.is_floating_point()) > 0
+    assert read_metrics(tmp_path / "stopped")[-1]["step"] == 6
+
+
+def test_kill_9_loses_only_the_steps_since_the_last_save(images: Path, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tiny import make_config
+from fastdino.train import train
+images, out = Path({str(images)!r}), Path({str(tmp_path / "killed")!r})
+train(make_config(images, out, epochs=200, save_every=2, workers=1))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "killed")) < 7:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = read_metrics(tmp_path / "killed")[-1]["step"]
+    saved = max(checkpoint.checkpoints(tmp_path / "killed"))
+    assert reached - 3 <= saved <= reached + 1
+    # And the lock is free, the torn files are whole: the run goes on from there.
+    config = make_config(images, tmp_path / "killed", epochs=200, save_every=2, workers=0)
+    run_until(config, 3)
+    assert max(checkpoint.checkpoints(tmp_path / "killed")) == saved + 3
+    steps = [m["step"] for m in read_metrics(tmp_path / "killed")]
+    assert steps == list(range(1, saved + 4))  # no step twice, none lost
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(images: Path, tmp_path: Path) -> None:
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "fastdino.train",
+            "demo",
+            "--data",
+            str(images),
+            "--out",
+            str(tmp_path / "run"),
+        ),
+        *(
+            "--batch-size",
+            "8",
+            "--epochs",
+            "500",
+            "--log-every",
+            "1",
+            "--workers",
+            "1",
+            "--precision",
+            "fp32",
+        ),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "run"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the loader's processes too
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert re.search(r"saved .* at step \d+ of 1000; the same command continues it", errors)
+    assert "Traceback" not in output + errors
+    (step,) = checkpoint.checkpoints(tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == step
+
+
+def test_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(images, tmp_path, epochs=1)
+    first = train.train(config)
+    before = (tmp_path / "teacher.safetensors").read_bytes()
+    again = train.train(config)
+    assert (tmp_path / "teacher.safetensors").read_bytes() == before
+    assert again == first
+    assert "complete" in capsys.readouterr().out
+
+
+def test_all_files_are_left_and_the_teacher_is_there_from_the_start(images: Path, tmp_path: Path) -> None:
+    config = make_config(images, tmp_path, epochs=2, knn_every_epochs=1, save_every=3, keep_every_epochs=1)
+    seen = []
+    original = DINO.forward
+
+    def forward(self: DINO, *args: Any) -> Any:
+        seen.append((tmp_path / "teacher.safetensors").exists())
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "forward", forward)
+        last = train.train(config)
+    assert seen == [True] * 4
+    names = {p.name for p in tmp_path.iterdir() if p.name != ".lock"}
+    assert names == {
+        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "teacher.safetensors"),
+        *("curves.png", "attention.png"),
+    }
+    assert list(checkpoint.checkpoints(tmp_path)) == [2, 3, 4]  # 2: end of an epoch; 3, 4: the newest
+    with safe_open(tmp_path / "teacher.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "4"
+        assert "backbone.blocks.0.attn.qkv.weight" in file.keys()  # noqa: SIM118
+    assert set(last) >= {
+        *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "grad_norm", "images_per_s", "data_wait"),
+        *("memory_gb", "unreadable", "skipped", "epoch", "knn_10", "knn_20", "knn_100", "knn_200"),
+    }
+
+
+def test_first_line_says_what_runs(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.train(make_config(images, tmp_path, epochs=1))
+    line = capsys.readouterr().out.splitlines()[0]
+    for part in ("cpu", "float32", "dino_loss: ", "ema: ", "19 images", "1 epochs of 2 updates of 8 images"):
+        assert part in line
+
+
+def test_accumulation_steps_centre_teacher_and_schedules_once_an_update(images: Path, tmp_path: Path) -> None:
+    tensors = {}
+    for accumulate in (1, 4):
+        out = tmp_path / str(accumulate)
+        config = make_config(images, out, epochs=2, accumulate=accumulate, drop_path_rate=0.0, lr=1e-3)
+        train.train(config)
+        tensors[accumulate] = final_tensors(out, 4)
+    for name, value in tensors[1].items():
+        if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding, which Adam magnifies
+            torch.testing.assert_close(tensors[4][name], value, rtol=2e-4, atol=2e-6, msg=name)
+    assert tensors[4]["optimizer.backbone.cls_token.step"] == 4
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts the operators that read a tensor's value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, {"optimizer": "lars"}])
+def test_a_step_that_does_not_log_never_waits_for_the_device(
+    images: Path, tmp_path: Path, flags: dict[str, str]
+) -> None:
+    counts = []
+    # One epoch of 2 and one of 4 updates, each logged at its end alone.
+    for batch in (8, 4):
+        config = make_config(
+            images, tmp_path / str(batch), epochs=1, batch_size=batch, log_every=100, save_every=100, **flags
+        )
+        with CountSyncs() as syncs:
+            train.train(config)
+        counts.append(syncs.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[Any]:
+    """A function that makes the losses of the given updates NaN, through the student's logits."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def poison(updates: set[int]) -> None:
+            original, count = DINO.forward, 0
+
+            def forward(self: DINO, views: list[Tensor], epoch: int) -> Any:
+                nonlocal count
+                count += 1
+                loss, mean = original(self, views, epoch)
+                if count in updates:
+                    return loss * math.nan, mean * math.nan
+                return loss, mean
+
+            patch.setattr(DINO, "forward", forward)
+
+        yield poison
+
+
+@pytest.fixture
+def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 loss scaling starts at 1, at which the tiny network does not overflow."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("sgd", "fp32"), ("lars", "fp32"), ("adamw", "fp16")]
+)
+@pytest.mark.usefixtures("scale_one")
+def test_a_non_finite_step_is_skipped_and_named(
+    images: Path,
+    tmp_path: Path,
+    poisoned: Any,
+    capsys: pytest.CaptureFixture[str],
+    optimizer: str,
+    precision: str,
+) -> None:
+    flags = {"optimizer": optimizer, "precision": precision, "save_every": 1, "keep": 9, "log_every": 4}
+    config = make_config(images, tmp_path, epochs=2, **flags)
+    poisoned({2})
+    train.train(config)
+    before, after = final_tensors(tmp_path, 1), final_tensors(tmp_path, 2)
+    unchanged = [k for k in before if not k.startswith("teacher.")]
+    assert [k for k in unchanged if not torch.equal(before[k], after[k])] == []
+    assert all(v.isfinite().all() for v in final_tensors(tmp_path, 4).values())
+    assert re.search(
+        r"step 2: loss is nan at learning rate [\d.e-]+, skipped; images .*\.png", capsys.readouterr().out
+    )
+    (record,) = [m for m in read_metrics(tmp_path) if "nonfinite" in m]
+    assert record["step"] == 2
+    assert len(record["images"]) == 8
+    assert all(Path(name).exists() for name in record["images"])
+    assert read_metrics(tmp_path)[-1]["skipped"] == 1
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(images: Path, tmp_path: Path, poisoned: Any) -> None:
+    config = make_config(images, tmp_path, epochs=9, save_every=2, max_nonfinite=3)
+    poisoned({2, 4, 5, 6})
+    message = (
+        r"stopped at step 6: 3 non-finite steps in a row\. The last good checkpoint is .*step_4\. Lower --lr"
+    )
+    with pytest.raises(train.RunError, match=message):
+        train.train(config)
+    assert all(v.isfinite().all() for v in final_tensors(tmp_path, 4).values())
+
+
+@pytest.mark.parametrize(("precision", "reported"), [("fp16", 0), ("fp32", 1)])
+@pytest.mark.usefixtures("scale_one")
+def test_a_gradient_overflow_is_skipped_and_is_news_only_without_a_scaler(
+    images: Path, tmp_path: Path, precision: str, reported: int
+) -> None:
+    original, count = DINO.forward, 0
+
+    def forward(self: DINO, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        loss, mean = original(self, *args)
+        if count == 2:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss, mean
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "forward", forward)
+        train.train(make_config(images, tmp_path, epochs=2, precision=precision))
+    tensors = final_tensors(tmp_path, 4)
+    assert all(v.isfinite().all() for v in tensors.values())
+    assert tensors["optimizer.backbone.cls_token.step"] == 3
+    assert read_metrics(tmp_path)[-1]["skipped"] == 1
+    assert len([m for m in read_metrics(tmp_path) if "nonfinite" in m]) == reported
+
+
+def test_unreadable_files_are_skipped_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_images(tmp_path / "images", 17)
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:200])
+    train.train(make_config(folder, tmp_path / "run", epochs=2, batch_size=17, max_unreadable=0.1))
+    output = capsys.readouterr().out
+    assert len(re.findall(r"skipped .*03\.png", output)) == 1
+    assert read_metrics(tmp_path / "run")[-1]["unreadable"] == 1
+
+
+def test_too_many_unreadable_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images", 17)
+    for name in ("03.png", "08.png"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(train.RunError, match=r"(?s)2 of 17 files.*--max-unreadable 0\.1.*03\.png.*08\.png"):
+        train.train(make_config(folder, tmp_path / "run", epochs=1, batch_size=17, max_unreadable=0.1))
+
+
+def test_a_continued_run_refuses_other_images(images: Path, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images", 17)
+    config = make_config(folder, tmp_path / "run", epochs=2)
+    run_until(config, 2)
+    (folder / "05.png").rename(folder / "renamed.png")
+    with pytest.raises(ValueError, match=r"holds other images than when .* was begun"):
+        train.train(config)
+
+
+def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fastdino.train", *flags], capture_output=True, text=True)
+
+
+def test_bad_input_is_refused_before_any_work(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data": ""}, "--data is missing"),
+        ({"data": str(tmp_path / "nowhere")}, "nowhere: no such folder or file"),
+        ({"data": str(tmp_path / "empty")}, "empty"),
+        ({"batch_size": 20}, r"--batch-size 20 is larger than the 19 images"),
+        ({"val": str(make_images(tmp_path / "unlabelled", 3))}, "--val needs labels"),
+        ({"device": "gpu"}, "--device gpu: give auto, cpu, cuda"),
+        ({"device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
+        ({"arch": "vit_huge"}, "--arch vit_huge is unknown"),
+    ]
+    for flags, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.train(make_config(images, out, **flags))
+        assert not out.exists(), flags
+
+
+def test_command_prints_an_error_as_one_line_and_fails(tmp_path: Path) -> None:
+    done = run_command("demo", "--data", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "fastdino-train: --out is missing: give a folder for the run's files\n"
+    done = run_command("demo", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("fastdino-train: ")
+    assert "Traceback" not in done.stderr
+    done = run_command("demo", "--patch-size", "64")
+    assert done.returncode != 0
+    assert "lower --patch-size" in re.sub(r"[\s│]+", " ", done.stderr + done.stdout)
+
+
+def test_metrics_are_json_with_a_line_a_logged_step(images: Path, tmp_path: Path) -> None:
+    train.train(make_config(images, tmp_path, epochs=3, log_every=2))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
