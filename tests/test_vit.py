@@ -222,6 +222,9 @@ def test_state_dict_names_and_shapes_are_official_dinos() -> None:
     expected |= {"norm.weight": (d,), "norm.bias": (d,)}
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    with torch.device("meta"):
+        unbiased = vit_small(qkv_bias=False)
+    assert expected.keys() - unbiased.state_dict().keys() == {f"blocks.{i}.attn.qkv.bias" for i in range(12)}
 
 
 def test_last_selfattention_is_the_weights_of_the_last_block() -> None:
