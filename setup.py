@@ -36,7 +36,7 @@ class CMakeBuild(build_ext):
                 )
                 print(done.stdout)
                 if done.returncode:
-                    why = f"CMake failed at installation; is there a C++ compiler with OpenMP? See {reason.name}"
+                    why = f"CMake failed; is there a C++ compiler with OpenMP? The rest: {reason.name}"
                     raise CompileError(f"{why}\n{done.stdout[-2000:]}")
         except CompileError as error:
             target.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ Bound: twice the error of that formula computed in float32 on the same inputs, p
 output's dtype.
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,10 @@ from torch import Tensor
 from fastdino.ops import dino_loss, native
 from fastdino.ops.dino_loss import _dino_loss
 
-IMPLS = ["torch", *(["cpu"] if native.isas() else [])]
+# numpy warns of what PyTorch computes in silence, such as inf - inf, in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+IMPLS = ["torch", *(["cpu"] if native.isas() else []), *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(params=IMPLS)
@@ -74,17 +79,16 @@ def check(
     # one number's error may vanish by luck: the measure is that of the worst term, as if all erred like it
     worst = (plain_terms - true_terms).abs().max() * len(true_terms.flatten())
     assert_as_accurate(loss.detach(), true_terms.sum(), true_terms.sum() + worst)
-    assert_as_accurate(grad, true_grad, plain_grad)
+    # Triton's interpreter truncates to bfloat16; compiled, it rounds (test_triton.py)
+    truncates = impl == "triton" and s.dtype == torch.bfloat16 and s.device.type == "cpu"
+    assert_as_accurate(grad, true_grad, plain_grad, ulps=1.0 if truncates else 0.5)
     assert_as_accurate(mean, t.double().mean((0, 1)), t.float().mean((0, 1)))
 
 
-def assert_as_accurate(x: Tensor, truth: Tensor, plain: Tensor) -> None:
+def assert_as_accurate(x: Tensor, truth: Tensor, plain: Tensor, ulps: float = 0.5) -> None:
     info = torch.finfo(x.dtype)
-    bound = (
-        2 * (plain.double() - truth).abs().max()
-        + info.eps * truth.abs() / 2
-        + info.smallest_normal * info.eps
-    )
+    rounding = info.eps * truth.abs() * ulps + info.smallest_normal * info.eps
+    bound = 2 * (plain.double() - truth).abs().max() + rounding
     excess = ((x.double() - truth).abs() - bound).max()
     assert excess <= 0, f"{excess:.3g} beyond the bound {bound.max():.3g}"
 

@@ -11,12 +11,15 @@ logit is float64.
 """
 
 import ctypes
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdino.ops import native
+from fastdino.ops.native import interpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -194,12 +197,17 @@ def _dino_loss(
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
-    pair_weights: Tensor,
+    pair_weights: Tensor | None,
     impl: str,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from fastdino.ops.dino_loss_triton import dino_loss_triton
+
+        return dino_loss_triton(student, teacher, center, student_temp, teacher_temp, pair_weights)
     run = dino_loss_cpu if impl == "cpu" else dino_loss_ref
-    return run(student, teacher, center, student_temp, teacher_temp, pair_weights)
+    weights = _official_weights(student, teacher, center) if pair_weights is None else pair_weights
+    return run(student, teacher, center, student_temp, teacher_temp, weights)
 
 
 @_dino_loss.register_fake
@@ -209,7 +217,7 @@ def _(
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
-    pair_weights: Tensor,
+    pair_weights: Tensor | None,
     impl: str,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +232,7 @@ def _dino_loss_bwd(
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
-    pair_weights: Tensor,
+    pair_weights: Tensor | None,
     student_stats: Tensor,
     teacher_stats: Tensor,
     impl: str,
@@ -254,7 +262,7 @@ def _(
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
-    pair_weights: Tensor,
+    pair_weights: Tensor | None,
     student_stats: Tensor,
     teacher_stats: Tensor,
     impl: str,
@@ -270,7 +278,7 @@ def _dino_loss_bwd_(
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
-    pair_weights: Tensor,
+    pair_weights: Tensor | None,
     student_stats: Tensor,
     teacher_stats: Tensor,
     impl: str,
@@ -290,10 +298,33 @@ def _dino_loss_bwd_(
     )
 
 
-def _backward_into(grad_student: Tensor, *args: Any) -> None:
-    *tensors, impl = args
+def _backward_into(
+    grad_student: Tensor,
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pair_weights: Tensor | None,
+    student_stats: Tensor,
+    teacher_stats: Tensor,
+    impl: str,
+) -> None:
+    args = (grad_student, grad, student, teacher, center, student_temp, teacher_temp)
+    stats = (student_stats, teacher_stats)
+    if impl == "triton":
+        from fastdino.ops.dino_loss_triton import dino_loss_bwd_triton
+
+        return dino_loss_bwd_triton(*args, pair_weights, *stats)
     run = dino_loss_bwd_cpu if impl == "cpu" else dino_loss_bwd_ref
-    run(grad_student, *tensors)
+    return run(
+        *args, _official_weights(student, teacher, center) if pair_weights is None else pair_weights, *stats
+    )
+
+
+def _official_weights(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+    return center.new_ones(student.shape[0], teacher.shape[0]).fill_diagonal_(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -318,30 +349,45 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _dino_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.compiler.assume_constant_result
 def choose(device: torch.device) -> tuple[str, str]:
     """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
-    if device.type != "cpu":
+    if device.type == "cpu":
+        return ("cpu" if native.isas() else "torch"), native.describe()
+    if device.type != "cuda":
         return "torch", f"there is no kernel for {device.type}"
-    return ("cpu" if native.isas() else "torch"), native.describe()
+    return ("triton", version("triton")) if find_spec("triton") else ("torch", "triton is not installed")
+
+
+def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
+    """Why a kernel cannot take these tensors; empty if it can."""
+    dtypes = {student.dtype, teacher.dtype}
+    if impl == "cpu":
+        if not native.isas():
+            return native.describe()
+        if student.device.type != "cpu":
+            return f"the logits are on {student.device}"
+        if unknown := dtypes.difference(CPU_DTYPES):
+            return f"its kernels know float32 and bfloat16, not {unknown.pop()}"
+        if teacher.shape[0] > CPU_MAX_TEACHERS:
+            return f"its kernels know up to {CPU_MAX_TEACHERS} crops of the teacher, not {teacher.shape[0]}"
+    if impl == "triton":
+        if not find_spec("triton"):
+            return "triton is not installed"
+        if student.device.type != "cuda" and not interpreted():
+            return f"the logits are on {student.device}"
+        if torch.float64 in dtypes:
+            return "its kernels compute in float32, not float64"
+    return ""
 
 
 def _resolve(impl: str, student: Tensor, teacher: Tensor) -> str:
     """The implementation that runs; "auto" takes the plain form for what the kernels do not cover."""
     chosen = choose(student.device)[0] if impl == "auto" else impl
-    if chosen == "cpu":
-        why = ""
-        if not native.isas():
-            why = native.describe()
-        elif student.device.type != "cpu":
-            why = f"the logits are on {student.device}"
-        elif unknown := {student.dtype, teacher.dtype}.difference(CPU_DTYPES):
-            why = f"its kernels know float32 and bfloat16, not {unknown.pop()}"
-        elif teacher.shape[0] > CPU_MAX_TEACHERS:
-            why = f"its kernels know up to {CPU_MAX_TEACHERS} crops of the teacher, not {teacher.shape[0]}"
-        if why and impl == "auto":
+    if why := _cannot(chosen, student, teacher):
+        if impl == "auto":
             return "torch"
-        if why:
-            raise ValueError(f"impl='cpu' cannot run: {why}; give impl='torch' or 'auto'")
+        raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
     return chosen
 
 
@@ -386,8 +432,8 @@ def _check(
         )
     if pair_weights is not None and pair_weights.shape != pairs:
         raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}: give (V, G) = {pairs}")
-    if impl not in ("auto", "torch", "cpu"):
-        raise ValueError(f"impl is {impl!r}: give auto, torch or cpu")
+    if impl not in ("auto", "torch", "cpu", "triton"):
+        raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
 
 
 def dino_loss(
@@ -413,7 +459,7 @@ def dino_loss(
         teacher_temp: likewise.
         pair_weights: (V, G), weight of student crop v against teacher crop g; None is official DINO: 1, and 0
             where v == g. The loss is divided by their sum, which must not be 0.
-        impl: "auto", "torch" or "cpu" (the C++ kernels: float32 and bfloat16).
+        impl: "auto", "torch", "cpu" (C++ kernels: float32 and bfloat16) or "triton" (CUDA GPU: not float64).
         inplace_backward: write the gradient over the student's logits, which saves a tensor of their size.
             Only for logits that nobody reads after the loss; autograd raises if another operation saved them.
             Ignored under torch.compile.
@@ -432,16 +478,14 @@ def dino_loss(
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     _check(student, teacher, center, temps, pair_weights, impl)
     dtype, device = _accumulator(student, teacher), student.device
-    if pair_weights is None:
-        pair_weights = torch.ones(
-            student.shape[0], teacher.shape[0], dtype=dtype, device=device
-        ).fill_diagonal_(0)
+    # numbers stay on the CPU: a copy to the GPU would wait for it
+    numbers = (t if isinstance(t, Tensor) else torch.tensor(t) for t in temps.values())
     loss, _, _, teacher_mean = _dino_loss(
         student,
         teacher.detach(),
         center.detach().to(dtype),
-        *(torch.as_tensor(t, dtype=dtype, device=device).detach().reshape(()) for t in temps.values()),
-        pair_weights.detach().to(device, dtype),
+        *(t.detach().to(dtype).reshape(()) for t in numbers),
+        None if pair_weights is None else pair_weights.detach().to(device, dtype),
         _resolve(impl, student, teacher),
         inplace_backward,
     )

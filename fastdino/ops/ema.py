@@ -2,6 +2,9 @@
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,66 +25,114 @@ def ema_ref_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Ten
 
 POINTER = ctypes.c_void_p
 CPU_ARGUMENTS = (POINTER, POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def ema_cpu_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor) -> None:
-    """`ema_ref_` by kernels/ema.cpp; what the kernel does not cover goes to `ema_ref_`."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    others: list[tuple[Tensor, Tensor]] = []
-    for t, s in zip(teacher, student, strict=True):
-        known = t.dtype in CPU_DTYPES and s.dtype in CPU_DTYPES and t.device.type == s.device.type == "cpu"
-        (pairs if known and t.is_contiguous() and s.is_contiguous() else others).append((t, s))
-    if others:
-        ema_ref_([t for t, _ in others], [s for _, s in others], momentum)
-    n, total = len(pairs), sum(t.numel() for t, _ in pairs)
+    """`ema_ref_` by kernels/ema.cpp, for contiguous float32 and bfloat16 tensors."""
+    n, total = len(teacher), sum(t.numel() for t in teacher)
+    pairs = list(zip(teacher, student, strict=True))
     half = [(t.dtype == torch.bfloat16) + 2 * (s.dtype == torch.bfloat16) for t, s in pairs]
     tables = (
-        (ctypes.c_void_p * n)(*(t.data_ptr() for t, _ in pairs)),
-        (ctypes.c_void_p * n)(*(s.data_ptr() for _, s in pairs)),
-        (ctypes.c_int64 * n)(*(t.numel() for t, _ in pairs)),
+        (ctypes.c_void_p * n)(*(t.data_ptr() for t in teacher)),
+        (ctypes.c_void_p * n)(*(s.data_ptr() for s in student)),
+        (ctypes.c_int64 * n)(*(t.numel() for t in teacher)),
         (ctypes.c_int32 * n)(*half),
     )
     native.kernel("ema", CPU_ARGUMENTS)(
         *(ctypes.addressof(table) for table in tables),
         n,
         1 - momentum.item(),
+        # below some ten microseconds of work a second thread costs more than it does
         torch.get_num_threads() if total > 65536 else 1,
     )
 
 
 @torch.library.custom_op("fastdino::ema_", mutates_args=("teacher",))
 def _ema_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor, impl: str) -> None:
-    (ema_cpu_ if impl == "cpu" else ema_ref_)(teacher, student, momentum)
+    """Each group of tensors that one launch can take; what the kernels do not cover goes to `ema_ref_`."""
+    groups: dict[tuple[object, ...] | None, tuple[list[Tensor], list[Tensor]]] = {}
+    for t, s in zip(teacher, student, strict=True):
+        if not t.numel():
+            continue
+        dense = t.is_contiguous() and s.is_contiguous() and t.device == s.device
+        key: tuple[object, ...] | None = None
+        if impl == "cpu" and dense and {t.dtype, s.dtype} <= {torch.float32, torch.bfloat16}:
+            key = ()
+        if impl == "triton" and dense and torch.float64 not in (t.dtype, s.dtype):
+            key = (t.dtype, s.dtype, t.device, t.data_ptr() % 64 == s.data_ptr() % 64 == 0)
+        ts, ss = groups.setdefault(key, ([], []))
+        ts.append(t)
+        ss.append(s)
+    for key, (ts, ss) in groups.items():
+        if key is None:
+            ema_ref_(ts, ss, momentum)
+        elif impl == "cpu":
+            ema_cpu_(ts, ss, momentum)
+        else:
+            from fastdino.ops.ema_triton import ema_triton_
+
+            ema_triton_(ts, ss, momentum)
 
 
+@torch.compiler.assume_constant_result
 def choose(device: torch.device) -> tuple[str, str]:
     """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
-    if device.type != "cpu":
+    if device.type == "cpu":
+        return ("cpu" if native.isas() else "torch"), native.describe()
+    if device.type != "cuda":
         return "torch", f"there is no kernel for {device.type}"
-    return ("cpu" if native.isas() else "torch"), native.describe()
+    return ("triton", version("triton")) if find_spec("triton") else ("torch", "triton is not installed")
 
 
-def _named(x: nn.Module | Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+def _cannot(impl: str, device: torch.device) -> str:
+    """Why a kernel cannot run; empty if it can."""
+    if impl == "cpu":
+        if not native.isas():
+            return native.describe()
+        if device.type != "cpu":
+            return f"the teacher is on {device}"
+    if impl == "triton":
+        if not find_spec("triton"):
+            return "triton is not installed"
+        if device.type != "cuda" and not native.interpreted():
+            return f"the teacher is on {device}"
+    return ""
+
+
+def _local(x: Tensor) -> Tensor:
+    # a DTensor is averaged shard by shard, without communication
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _plain(name: str) -> str:
+    # torch.compile and DistributedDataParallel prefix the names of what they wrap
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _parameters(x: nn.Module | Iterable[Tensor]) -> list[tuple[str, Tensor]]:
     if isinstance(x, nn.Module):
-        # torch.compile and DistributedDataParallel prefix the names of what they wrap
-        return [(n.replace("_orig_mod.", "").removeprefix("module."), p) for n, p in x.named_parameters()]
-    return [(f"tensor {i}", t) for i, t in enumerate(x)]
+        return [(_plain(name), _local(p)) for name, p in x.named_parameters()]
+    return [(f"tensor {i}", _local(t)) for i, t in enumerate(x)]
 
 
-def _check(teacher: list[tuple[str, Tensor]], student: list[tuple[str, Tensor]]) -> None:
+def _buffers(x: nn.Module | Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+    if not isinstance(x, nn.Module):
+        raise ValueError("buffers are those of modules, and tensors were given: leave it at keep")
+    return [(_plain(name), _local(b)) for name, b in x.named_buffers()]
+
+
+def _matched(
+    teacher: list[tuple[str, Tensor]], student: list[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, teacher's and student's tensor of each pair; ValueError at the first that does not match."""
     for (name, t), (other, s) in zip(teacher, student, strict=False):
         if name != other:
             raise ValueError(
-                f"teacher has parameter {name} where student has {other}: give two of the same architecture"
+                f"teacher has {name} where student has {other}: give two of the same architecture"
             )
         if t.shape != s.shape:
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)} in the teacher, {tuple(s.shape)} in the student"
-            )
-        if not (t.is_floating_point() and s.is_floating_point()):
-            raise ValueError(
-                f"{name} is {t.dtype} in the teacher, {s.dtype} in the student: give floating point"
             )
         if t is s or (t.numel() and t.untyped_storage()._cdata == s.untyped_storage()._cdata):
             raise ValueError(
@@ -91,8 +142,9 @@ def _check(teacher: list[tuple[str, Tensor]], student: list[tuple[str, Tensor]])
         longer, side = (teacher, "teacher") if len(teacher) > len(student) else (student, "student")
         name = longer[min(len(teacher), len(student))][0]
         raise ValueError(
-            f"only the {side} has {name}: teacher {len(teacher)} parameters, student {len(student)}"
+            f"only the {side} has {name}: teacher {len(teacher)} tensors, student {len(student)}"
         )
+    return [(name, t, s) for (name, t), (_, s) in zip(teacher, student, strict=True)]
 
 
 @torch.no_grad()
@@ -101,38 +153,54 @@ def ema_(
     student: nn.Module | Iterable[Tensor],
     momentum: float | Tensor,
     *,
+    buffers: Literal["keep", "copy", "average"] = "keep",
     impl: str = "auto",
 ) -> None:
     """Move the teacher towards the student, in place: t = momentum * t + (1 - momentum) * s.
 
     Args:
         teacher: module, or tensors of any floating dtype and layout. Keep it in float32: at a momentum of
-            0.996 and above, bfloat16 loses the updates.
-        student: module, or tensors in the same order and of the same shapes. Of modules only the parameters
-            are averaged, as in official DINO; buffers stay.
+            0.996 and above, bfloat16 loses the updates. Of a DTensor the local shard is updated.
+        student: module, or tensors in the same order and of the same shapes; dtypes may differ.
         momentum: a number in [0, 1], or a tensor of one element (on the GPU: no synchronisation).
-        impl: "auto", "torch" or "cpu": the C++ kernel, and the plain form for what is not contiguous float32
-            or bfloat16.
+        buffers: of modules, "keep" the teacher's as in official DINO, "copy" the student's, or "average" them
+            like parameters and copy those that are not floating point.
+        impl: "auto", "torch", "cpu" (C++: float32 and bfloat16) or "triton" (CUDA GPU: not float64). What a
+            kernel does not cover, and what is not contiguous, takes the plain form.
 
     Raises:
-        ValueError: the two sides do not match, or share memory; the message names the first such parameter.
+        ValueError: the two sides do not match, or share memory; the message names the first such tensor.
 
     Source: Caron et al. 2021, section 3.1.
     """
-    if impl not in ("auto", "torch", "cpu"):
-        raise ValueError(f"impl is {impl!r}: give auto, torch or cpu")
-    if impl == "cpu" and not native.isas():
-        raise ValueError(f"impl='cpu' cannot run: {native.describe()}; give impl='torch' or 'auto'")
-    if isinstance(momentum, Tensor):
-        if momentum.numel() != 1:
-            raise ValueError(f"momentum has shape {tuple(momentum.shape)}: give one number")
-    elif not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}: it lies between 0 and 1")
-    named_teacher, named_student = _named(teacher), _named(student)
-    _check(named_teacher, named_student)
-    if not named_teacher:
-        return
-    ts, ss = [t for _, t in named_teacher], [s for _, s in named_student]
+    if impl not in ("auto", "torch", "cpu", "triton"):
+        raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
+    if buffers not in ("keep", "copy", "average"):
+        raise ValueError(f"buffers is {buffers!r}: give keep, copy or average")
     if not isinstance(momentum, Tensor):
-        momentum = torch.tensor(momentum, dtype=torch.float64)
-    _ema_(ts, ss, momentum.detach().reshape(()), choose(ts[0].device)[0] if impl == "auto" else impl)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is {momentum}: it lies between 0 and 1")
+        momentum = torch.tensor(
+            momentum, dtype=torch.float64
+        )  # on the CPU: a copy to the GPU would wait for it
+    elif momentum.numel() != 1:
+        raise ValueError(f"momentum has shape {tuple(momentum.shape)}: give one number")
+    averaged = _matched(_parameters(teacher), _parameters(student))
+    copied: list[tuple[str, Tensor, Tensor]] = []
+    for name, t, s in averaged:
+        if not (t.is_floating_point() and s.is_floating_point()):
+            raise ValueError(
+                f"{name} is {t.dtype} in the teacher, {s.dtype} in the student: give floating point"
+            )
+    if buffers != "keep":
+        for pair in _matched(_buffers(teacher), _buffers(student)):
+            average = buffers == "average" and pair[1].is_floating_point()
+            (averaged if average else copied).append(pair)
+    if averaged:
+        device = averaged[0][1].device
+        chosen = choose(device)[0] if impl == "auto" else impl
+        if why := _cannot(chosen, device):
+            raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
+        _ema_([t for _, t, _ in averaged], [s for _, _, s in averaged], momentum.detach().reshape(()), chosen)
+    for _, t, s in copied:
+        t.copy_(s)

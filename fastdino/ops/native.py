@@ -53,3 +53,11 @@ def _kernel(name: str, argtypes: tuple[Any, ...], isa: str) -> Callable[..., Non
     function = getattr(load()[0], f"fastdino_{name}_{isa}")
     function.argtypes, function.restype = argtypes, None
     return function
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors, for tests."""
+    import triton
+
+    return triton.knobs.runtime.interpret
