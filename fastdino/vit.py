@@ -143,11 +143,16 @@ class VisionTransformer(nn.Module):
             elif isinstance(module, nn.LayerNorm | nn.Conv2d):
                 module.reset_parameters()
 
-    def interpolate_pos_embed(self, rows: int, columns: int) -> Tensor:
-        """The position embedding (1, 1 + rows * columns, D) of a grid of patches; the class token's stays."""
-        if (rows, columns) == self.grid:
-            return self.pos_embed
+    def interpolate_pos_embed(self, height: int, width: int) -> Tensor:
+        """The position embedding (1, 1 + N, D) of an image of `height` x `width` pixels.
+
+        The class token stays. As in official DINO, a square base grid is kept for square images only: 224 x 230
+        pixels are interpolated too, though they hold the same 14 x 14 patches as 224 x 224.
+        """
+        rows, columns = height // self.patch_size, width // self.patch_size
         base_rows, base_columns = self.grid
+        if (rows, columns) == self.grid and (height == width or base_rows != base_columns):
+            return self.pos_embed
         patches = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
         # The 0.1 moves every sample a little: `size=` would not be what released weights were trained with.
         patches = F.interpolate(
@@ -174,7 +179,7 @@ class VisionTransformer(nn.Module):
                 f"images of {x.shape[2]} x {x.shape[3]} pixels hold no patch of {self.patch_size}: "
                 "give larger images or a smaller patch_size"
             )
-        positions = self.interpolate_pos_embed(rows, columns)
+        positions = self.interpolate_pos_embed(x.shape[2], x.shape[3])
         patches = self.patch_embed(x) + positions[:, 1:]
         cls_token = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat((cls_token, patches), dim=1)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
-    ("ops", "config"),
+    ("ops", "config", "files"),
     ("distributed", "optim"),
     ("checkpoint", "data", "head", "loss", "resnet", "vit", "monitor"),
     ("dino",),

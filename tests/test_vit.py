@@ -32,9 +32,9 @@ def resampling(base: int, size: int, dtype: torch.dtype) -> Tensor:
     return weights
 
 
-def ref_positions(p: Params, grid: tuple[int, int], rows: int, columns: int) -> Tensor:
+def ref_positions(p: Params, grid: tuple[int, int], rows: int, columns: int, keep: bool = False) -> Tensor:
     positions = p["pos_embed"][0]
-    if (rows, columns) == grid:
+    if keep:
         return positions
     patches = positions[1:].reshape(*grid, -1)
     by_row, by_column = (
@@ -70,11 +70,12 @@ def ref_mlp(x: Tensor, p: Params, i: int) -> Tensor:
 
 def ref_tokens(p: Params, x: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     rows, columns = x.shape[2] // patch, x.shape[3] // patch
+    keep = (rows, columns) == grid and (x.shape[2] == x.shape[3] or rows != columns)
     x = x[:, :, : rows * patch, : columns * patch]
     x = x.reshape(len(x), -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     x = x @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
     x = torch.cat((p["cls_token"].expand(len(x), -1, -1), x), dim=1)
-    return x + ref_positions(p, grid, rows, columns)
+    return x + ref_positions(p, grid, rows, columns, keep)
 
 
 def ref_blocks(p: Params, x: Tensor, patch: int, heads: int, grid: tuple[int, int]) -> list[Tensor]:
@@ -282,6 +283,7 @@ def test_intermediate_layers_are_the_last_blocks_each_normed() -> None:
         ((1, 7), (3, 5)),
         ((1, 1), (4, 2)),
         ((4, 4), (2, 8)),
+        ((4, 4), (4, 4)),  # the base grid, of an image that is not square
     ],
 )
 def test_position_embedding_is_interpolated_as_official_dinos(
@@ -290,12 +292,12 @@ def test_position_embedding_is_interpolated_as_official_dinos(
     model = VisionTransformer((base[0] * 4 + 3, base[1] * 4), 4, embed_dim=6, num_heads=2, depth=1)
     nn.init.normal_(model.pos_embed)
     assert model.grid == base
-    ours = model.interpolate_pos_embed(*grid)[0].detach()
+    ours = model.interpolate_pos_embed(grid[0] * 4 + 1, grid[1] * 4)[0].detach()
     truth = ref_positions(params(model, torch.float64), base, *grid)
     plain = ref_positions(params(model, torch.float32), base, *grid)
     assert_as_accurate(ours, plain, truth)
     assert torch.equal(ours[0], model.pos_embed[0, 0])
-    assert model.interpolate_pos_embed(*base) is model.pos_embed
+    assert model.interpolate_pos_embed(base[0] * 4, base[1] * 4) is model.pos_embed
 
 
 def test_the_tenth_in_the_position_scale_matters() -> None:
@@ -303,7 +305,7 @@ def test_the_tenth_in_the_position_scale_matters() -> None:
     nn.init.normal_(model.pos_embed)
     patches = model.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
     by_size = nn.functional.interpolate(patches, size=(6, 6), mode="bicubic").flatten(2).mT
-    assert (model.interpolate_pos_embed(6, 6)[:, 1:] - by_size).abs().max() > 0.01
+    assert (model.interpolate_pos_embed(24, 24)[:, 1:] - by_size).abs().max() > 0.01
 
 
 def test_a_position_embedding_of_the_wrong_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
