@@ -63,6 +63,7 @@ class KNN:
         _, config = checkpoint.read_teacher(self.weights)
         policy = config.data.crops
         train, val = open_source(self.data), open_source(self.val) if self.val else None
+        knn.check_classes(train, val)
         networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             "teacher": dino.load_backbone(self.weights)
         }
@@ -71,7 +72,7 @@ class KNN:
             untrained = dino.DINO(config).teacher.backbone.eval()
             networks = {"untrained network": untrained, "raw pixels": raw_pixels, **networks}
         results = {}
-        for name in track(networks, description="k-NN", console=console, transient=True):
+        for name in track(networks, "k-NN", console=console, transient=True, disable=not console.is_terminal):
             network = networks[name]
             results[name] = knn.evaluate_knn(
                 network.to(device) if isinstance(network, torch.nn.Module) else network,
@@ -89,7 +90,9 @@ class KNN:
             if val
             else f"{len(train)} images by the others"
         )
-        table = Table(title=f"k-NN accuracy in %: {classified}, {len(train.classes)} classes")
+        title = f"k-NN accuracy in %: {classified}, {len(train.classes)} classes"
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        table = Table()
         for column in ("features", *(f"k = {k}" for k in self.k)):
             table.add_column(column, justify="left" if column == "features" else "right")
         for name, accuracy in results.items():
@@ -109,7 +112,3 @@ def main() -> None:
         command.run()
     except (ValueError, OSError) as error:
         sys.exit(f"fastdino-eval: {error}")
-
-
-if __name__ == "__main__":
-    main()
