@@ -1,0 +1,368 @@
+"""The presets' figures, what each impossible value is told, JSON, and the command line of every preset."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdino import train as train_module
+from fastdino.config import (
+    CROPS,
+    PRESETS,
+    Config,
+    CropPolicy,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+)
+
+NAMES = list(PRESETS)
+
+
+def leaves(node: Any) -> dict[str, Any]:
+    """All fields of a config, at any depth, by their names."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        more = leaves(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        assert not found.keys() & more.keys()  # two flags of one name
+        found |= more
+    return found
+
+
+# Official DINO's defaults, and what its recipes change.
+DEFAULTS = {
+    "arch": "vit_small",
+    "patch_size": 16,
+    "out_dim": 65536,
+    "norm_last_layer": True,
+    "momentum_teacher": 0.996,
+    "use_bn_in_head": False,
+    "student_temp": 0.1,
+    "center_momentum": 0.9,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "teacher_update": "momentum",
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+    "clip": "per_tensor",
+    "batch_size": 64,
+    "epochs": 100,
+    "freeze_last_layer": 1,
+    "lr": 0.0005,
+    "warmup_epochs": 10,
+    "min_lr": 1e-6,
+    "optimizer": "adamw",
+    "drop_path_rate": 0.1,
+    "global_crops_size": 224,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_number": 8,
+    "local_crops_size": 96,
+    "local_crops_scale": (0.05, 0.4),
+    "aspect_ratio": (3 / 4, 4 / 3),
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "grayscale": 0.2,
+    "blur": (1.0, 0.1, 0.5),
+    "blur_radius": (0.1, 2.0),
+    "solarize": (0.0, 0.2, 0.0),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "head_layers": 3,
+    "head_hidden_dim": 2048,
+    "bottleneck_dim": 256,
+    "accumulate": 1,
+    "seed": 0,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "vit-tiny-16": {"arch": "vit_tiny"},
+    "vit-small-16": {},
+    "vit-small-16-boost": {
+        "epochs": 300,
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 30,
+        "norm_last_layer": False,
+    },
+    "vit-small-16-two-crop": {
+        "clip_grad": 0.0,
+        "epochs": 300,
+        "global_crops_scale": (0.14, 1.0),
+        "local_crops_number": 0,
+        "min_lr": 1e-5,
+    },
+    "vit-small-8": {"patch_size": 8},
+    "vit-base-16": {"arch": "vit_base"},
+    "vit-base-8": {"arch": "vit_base", "patch_size": 8},
+    "resnet50": {
+        "arch": "resnet50",
+        "optimizer": "sgd",
+        "lr": 0.03,
+        "weight_decay": 1e-4,
+        "weight_decay_end": 1e-4,
+        "global_crops_scale": (0.14, 1.0),
+        "local_crops_scale": (0.05, 0.14),
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_are_the_published_recipes(name):
+    given = leaves(PRESETS[name][1])
+    expected = DEFAULTS | RECIPES[name]
+    assert {key: given[key] for key in expected} == expected
+
+
+def test_every_preset_is_a_published_recipe_or_the_demo():
+    assert set(PRESETS) == {*RECIPES, "demo"}
+    method, model = PRESETS["demo"][1].method, PRESETS["demo"][1].model
+    assert (method.student_temp, method.center_momentum) == (0.1, 0.9)
+    assert (model.arch, model.patch_size, model.out_dim, model.use_bn_in_head) == ("vit_nano", 4, 512, True)
+    assert CROPS["dino"] == CropPolicy()
+    assert CROPS["two-crop"].n_views == CROPS["two-crop"].n_global == 2
+    assert CROPS["dino"].n_views == 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_survive_json(name):
+    config = PRESETS[name][1]
+    again = from_dict(Config, json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    assert hash(again) == hash(config)  # tuples again, not lists
+
+
+def test_changed_fields_of_every_depth_survive_json():
+    config = Config(
+        data=DataConfig(data="a b/ü", crops=CropPolicy(blur=(0.0, 0.25, 1.0), hue=0.5)),
+        optim=OptimConfig(warmup_epochs=0.5),
+        run=RunConfig(out="x", seed=7),
+    )
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"colour": 1}, "Config has no field colour: written by another version?"),
+        ({"data": {"crops": {"zoom": 1, "angle": 2}}}, "CropPolicy has no field angle, zoom: written by"),
+        ({"optim": {"batch_size": 3, "accumulate": 2}}, "--batch-size 3 is not a multiple of --accumulate 2"),
+    ],
+)
+def test_from_dict_refuses_unknown_fields_and_impossible_values(changed, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared
+        from_dict(Config, changed)
+    assert str(error.value).startswith(message)
+
+
+def test_missing_fields_take_their_defaults():
+    assert from_dict(Config, {"optim": {"lr": 0.1}}) == Config(optim=OptimConfig(lr=0.1))
+
+
+NAN = float("nan")
+BAD: list[tuple[type, dict[str, Any], str]] = [
+    (
+        CropPolicy,
+        {"global_crops_scale": (0.0, 1.0)},
+        "--global-crops-scale 0.0 1.0: give two shares of the area",
+    ),
+    (
+        CropPolicy,
+        {"global_crops_scale": (0.5, 0.4)},
+        "--global-crops-scale 0.5 0.4: give two shares of the area",
+    ),
+    (
+        CropPolicy,
+        {"local_crops_scale": (0.05, 1.1)},
+        "--local-crops-scale 0.05 1.1: give two shares of the area",
+    ),
+    (
+        CropPolicy,
+        {"aspect_ratio": (2.0, 1.0)},
+        "--aspect-ratio 2.0 1.0: give two positive ratios, the smaller",
+    ),
+    (
+        CropPolicy,
+        {"blur_radius": (-0.1, 1.0)},
+        "--blur-radius -0.1 1.0: give two radii in pixels, the smaller",
+    ),
+    *((CropPolicy, {n: 1.5}, f"--{n} 1.5: a probability lies between 0 and 1") for n in ("flip", "jitter")),
+    (CropPolicy, {"grayscale": -0.1}, "--grayscale -0.1: a probability lies between 0 and 1"),
+    (CropPolicy, {"blur": (1.0, 0.1, 5.0)}, "--blur 1.0 0.1 5.0: a probability lies between 0 and 1"),
+    (CropPolicy, {"solarize": (0.0, NAN, 0.0)}, "--solarize 0.0 nan 0.0: a probability lies between 0 and 1"),
+    *(
+        (CropPolicy, {n: -0.1}, f"--{n} -0.1: a strength is 0 or more")
+        for n in ("brightness", "contrast", "saturation")
+    ),
+    (CropPolicy, {"hue": 0.6}, "--hue 0.6: the shift lies between 0 and 0.5"),
+    (CropPolicy, {"std": (0.2, 0.0, 0.2)}, "--std (0.2, 0.0, 0.2): a standard deviation is above 0"),
+    (CropPolicy, {"local_crops_number": -1}, "--local-crops-number -1: give 0 or more"),
+    (CropPolicy, {"global_crops_size": 0}, "--global-crops-size 0: a crop has 1 to 4096 pixels a side"),
+    (CropPolicy, {"local_crops_size": 5000}, "--local-crops-size 5000: a crop has 1 to 4096 pixels a side"),
+    (DataConfig, {"workers": -2}, "--workers -2: give 0 or more, or -1 to choose by the machine"),
+    (DataConfig, {"max_unreadable": 2.0}, "--max-unreadable 2.0: a share lies between 0 and 1"),
+    *(
+        (ModelConfig, {n: 0}, f"--{n.replace('_', '-')} 0: give 1 or more")
+        for n in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim")
+    ),
+    (ModelConfig, {"drop_path_rate": 1.0}, "--drop-path-rate 1.0: give 0 up to, not including, 1"),
+    *(
+        (MethodConfig, {n: 0.0}, f"--{n.replace('_', '-')} 0.0: a temperature is above 0")
+        for n in ("student_temp", "teacher_temp", "warmup_teacher_temp")
+    ),
+    *(
+        (MethodConfig, {n: 1.1}, f"--{n.replace('_', '-')} 1.1: a momentum lies between 0 and 1")
+        for n in ("center_momentum", "momentum_teacher")
+    ),
+    (MethodConfig, {"warmup_teacher_temp_epochs": -1}, "--warmup-teacher-temp-epochs -1: give 0 or more"),
+    *(
+        (OptimConfig, {n: 0}, f"--{n.replace('_', '-')} 0: give 1 or more")
+        for n in ("epochs", "batch_size", "accumulate")
+    ),
+    (
+        OptimConfig,
+        {"batch_size": 64, "accumulate": 3},
+        "--batch-size 64 is not a multiple of --accumulate 3: change",
+    ),
+    *(
+        (OptimConfig, {n: -1.0}, f"--{n.replace('_', '-')} -1.0: give 0 or more")
+        for n in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
+    ),
+    (OptimConfig, {"lr": NAN}, "--lr nan: give 0 or more"),
+    (OptimConfig, {"freeze_last_layer": -1}, "--freeze-last-layer -1: give 0 or more epochs"),
+    *(
+        (RunConfig, {n: 0}, f"--{n.replace('_', '-')} 0: give 1 or more")
+        for n in ("log_every", "save_every", "keep", "max_nonfinite")
+    ),
+    *(
+        (RunConfig, {n: -1}, f"--{n.replace('_', '-')} -1: give 0 or more")
+        for n in ("keep_every_epochs", "knn_every_epochs", "knn_images", "seed")
+    ),
+    (
+        Config,
+        {"model": ModelConfig(patch_size=128)},
+        "a crop of 96 pixels holds no patch of 128: lower --patch-size",
+    ),
+    (
+        Config,
+        {"model": ModelConfig(patch_size=256), "data": DataConfig(crops=CROPS["two-crop"])},
+        "a crop of 224 pixels holds no patch of 256: lower --patch-size",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cls", "values", "message"), BAD, ids=[f"{c.__name__}-{v}" for c, v, _ in BAD])
+def test_impossible_values_are_told_their_flag(cls, values, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared
+        cls(**values)
+    assert str(error.value).startswith(message)
+
+
+def test_limits_themselves_are_allowed():
+    CropPolicy(
+        global_crops_scale=(1.0, 1.0), flip=0.0, jitter=1.0, hue=0.5, local_crops_number=0, brightness=0.0
+    )
+    DataConfig(workers=0, max_unreadable=1.0)
+    MethodConfig(center_momentum=0.0, momentum_teacher=1.0)
+    OptimConfig(batch_size=6, accumulate=3, lr=0.0, clip_grad=0.0, warmup_epochs=1000.0)
+    RunConfig(keep_every_epochs=0, knn_every_epochs=0, knn_images=0)
+    # without local crops their size says nothing, and a ResNet has no patches
+    Config(model=ModelConfig(patch_size=128), data=DataConfig(crops=CROPS["two-crop"]))
+    Config(model=ModelConfig(arch="resnet50", patch_size=512))
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
+    """What fastdino-train would train with these arguments."""
+    trained: list[Config] = []
+    monkeypatch.setattr(train_module, "train", trained.append)
+    monkeypatch.setattr(sys, "argv", ["fastdino-train", *arguments])
+    monkeypatch.setenv("COLUMNS", "110")  # a narrow terminal would break the lines that are compared
+    train_module.main()
+    (config,) = trained
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_parses_to_itself(name, monkeypatch: pytest.MonkeyPatch):
+    preset = PRESETS[name][1]
+    expected = dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, data="images"),
+        run=dataclasses.replace(preset.run, out="runs/a"),
+    )
+    assert parse(monkeypatch, name, "--data", "images", "--out", "runs/a") == expected
+
+
+# A flag of each kind: number, two numbers, three, truth, choice, path, and one of each nested config.
+OTHERS = {
+    "global-crops-scale": ("0.2 0.9", (0.2, 0.9)),
+    "solarize": ("0 0.1 0.3", (0.0, 0.1, 0.3)),
+    "max-unreadable": ("0.5", 0.5),
+    "no-norm-last-layer": ("", False),
+    "teacher-update": ("previous_epoch", "previous_epoch"),
+    "optimizer": ("lars", "lars"),
+    "batch-size": ("128", 128),
+    "precision": ("fp16", "fp16"),
+    "val": ("some where", "some where"),
+}
+
+
+@pytest.mark.parametrize("flag", OTHERS)
+def test_flags_override_one_field_and_no_other(flag, monkeypatch: pytest.MonkeyPatch):
+    text, value = OTHERS[flag]
+    arguments = [text] if flag == "val" else text.split()
+    config = parse(monkeypatch, "vit-small-16", f"--{flag}", *arguments)
+    name = flag.removeprefix("no-").replace("-", "_")
+    assert leaves(config) == leaves(PRESETS["vit-small-16"][1]) | {name: value}
+    assert leaves(PRESETS["vit-small-16"][1])[name] != value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_every_preset_mentions_each_flag_without_prefix(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(monkeypatch, name, "--help")
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert " ".join(PRESETS[name][0].split()[:3]) in out
+    lines = re.findall(
+        r"^[│ ] {1,2}(--[a-z][\w.-]*(?:, --[\w.-]+)?)", out, re.M
+    )  # the flags' texts begin further right
+    fields = leaves(PRESETS[name][1])
+    expected = {f"--{field.replace('_', '-')}" for field in fields}
+    expected |= {f"--no-{k.replace('_', '-')}" for k, v in fields.items() if isinstance(v, bool)}
+    assert {flag for line in lines for flag in line.split(", ")} == expected
+
+
+def test_every_field_is_explained():
+    """The docstring under a field is its --help: one left out shows as a flag without a text."""
+    source = Path(sys.modules["fastdino.config"].__file__ or "").read_text()
+    for name in leaves(Config()):
+        assert re.search(rf'^    {name}: [^\n]*\n    """\S', source, re.M), name
+
+
+def test_an_unknown_preset_names_the_known_ones(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(monkeypatch, "vit-huge")
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert "vit-huge" in shown
+    assert all(name in shown for name in NAMES)
+
+
+def test_an_impossible_value_on_the_command_line_is_told_its_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(monkeypatch, "demo", "--lr", "-1")
+    assert exit_.value.code == 2
+    assert "--lr -1.0: give 0 or more" in capsys.readouterr().err
