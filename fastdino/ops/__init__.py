@@ -1,4 +1,4 @@
-"""The fused operations: DINO loss and teacher update, each with a plain form and kernels."""
+"""The fused operations, DINO loss and teacher update, in a plain form and in kernels; Sinkhorn's centre."""
 
 import torch
 
@@ -6,8 +6,9 @@ from fastdino.ops.dino_loss import choose as _choose_dino_loss
 from fastdino.ops.dino_loss import dino_loss
 from fastdino.ops.ema import choose as _choose_ema
 from fastdino.ops.ema import ema_
+from fastdino.ops.sinkhorn import sinkhorn_center
 
-__all__ = ["describe", "dino_loss", "ema_"]
+__all__ = ["describe", "dino_loss", "ema_", "sinkhorn_center"]
 
 
 def describe(device: torch.device | str) -> dict[str, str]:
