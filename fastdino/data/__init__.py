@@ -4,9 +4,9 @@ import math
 import os
 import signal
 import statistics
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,7 @@ class Loader:
                         "(--shm-size), and start again"
                     ) from error
                 if isinstance(loaded, Unreadable):
-                    raise Unreadable(loaded.path, loaded.reason)
+                    raise loaded
                 pixels, indices, failed = loaded
                 yield Batch(
                     views=_split(pixels, self._sizes),
@@ -261,18 +261,22 @@ def _as_is(loaded: Any) -> Any:
 
 
 def _init_worker(worker: int) -> None:
-    """Workers leave signals to the training process, whose handlers they inherited.
+    """Workers leave signals to the training process, whose handlers they inherited, and obey it alone.
 
-    Ctrl-C and many job managers signal the whole process group, and the trainer still needs batches to finish
-    its step. The first SIGTERM is let pass, a second one ends the worker.
+    Ctrl-C and job managers signal the whole process group, while the trainer needs batches to end its step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _let_one_pass)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _let_one_pass(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def choose_workers(batch: int) -> int:
