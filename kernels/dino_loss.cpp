@@ -1,6 +1,6 @@
 // DINO loss on a CPU, forward and backward. Formulas and letters: fastdino/ops/dino_loss.py.
 //
-// The columns are cut into tiles that fit a first cache, so that the teacher's probabilities are computed once and serve
+// The columns are cut into tiles that stay near the core, so that the teacher's probabilities are computed once and serve
 // all crops. The forward reads each logit once: every tile yields maximum, sum and <q, x> relative to its own maxima, and
 // these partial results are merged in the order of the tiles. So nothing depends on the number of threads.
 #include <math.h>
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 2048;
+constexpr int64_t TILE = 4096;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int MAX_TEACHERS = 64;
 constexpr int64_t STREAM_ABOVE = 16 << 20;  // bytes of gradient that no cache would keep for the next reader
@@ -43,9 +43,10 @@ struct Partial {
     float *student_top, *student_sum;  // (B, V, tiles)
     float *teacher_top, *teacher_sum;  // (B, G, tiles)
     float* dot;                        // (B, V, G, tiles)
+    float *column_sum, *center;        // (tiles * TILE,), padded to whole vectors
     float* scratch;                    // (threads, scratch_size)
-    static int64_t size(const Sizes& s) { return s.B * s.tiles() * (2 * s.V + 2 * s.G + s.V * s.G); }
-    static int64_t scratch_size(const Sizes& s) { return (s.G + 2) * TILE + s.tiles(); }
+    static int64_t size(const Sizes& s) { return s.tiles() * (s.B * (2 * s.V + 2 * s.G + s.V * s.G) + 2 * TILE); }
+    static int64_t scratch_size(const Sizes& s) { return (s.G + 1) * TILE + s.tiles(); }
     Partial(float* p, const Sizes& s) {
         const int64_t rows = s.B * s.tiles();
         student_top = p;
@@ -53,6 +54,8 @@ struct Partial {
         teacher_top = student_sum + rows * s.V;
         teacher_sum = teacher_top + rows * s.G;
         dot = teacher_sum + rows * s.G;
+        column_sum = dot + rows * s.V * s.G;
+        center = column_sum + s.tiles() * TILE;
         scratch = p + size(s);
     }
 };
@@ -89,59 +92,52 @@ inline void sums(
     for (int g = 0; g < N; g++) dot[g] = sum(dots[g][0] + dots[g][1]);
 }
 
+// One image's part of a tile.
 template <class S, class T>
 void forward_tile(
-    const Partial& out, float* mean, Logits<const S> student, Logits<const T> teacher, const float* center,
-    float student_scale, float teacher_scale, const Sizes& s, int64_t tile, float* scratch
+    const Partial& out, Logits<const S> student, Logits<const T> teacher, float student_scale, float teacher_scale,
+    const Sizes& s, int64_t b, int64_t tile, float* e
 ) {
     const int64_t k = tile * TILE, n = s.width(tile), tiles = s.tiles();
-    float *c = scratch, *column_sum = c + TILE, *e = column_sum + TILE;  // padded to whole vectors
-    for (int64_t i = 0; i < TILE; i++) column_sum[i] = 0, c[i] = i < n ? center[k + i] : 0;
-    for (int64_t b = 0; b < s.B; b++) {
-        for (int64_t g = 0; g < s.G; g++) {
-            const Next next = g + 1 < s.G ? Next(teacher.at(g + 1, b, k)) : Next(student.at(0, b, k));
-            float* row = e + g * TILE;
-            vf tops = all(LOWEST), totals = {};
-            each(teacher.at(g, b, k), n, [&](vf t, int64_t i) {
-                store(column_sum + i, load(column_sum + i) + t);
-                t -= load(c + i);
-                store(row + i, t);
-                tops = larger(t, tops);
-            });
-            const float top = largest(tops);
-            for (int64_t i = 0; i < n; i += W) {
-                next.prefetch(i);
-                const vf x = pow2((load(row + i) - top) * teacher_scale);
-                store(row + i, x);
-                totals += x;
-            }
-            const int64_t at = (b * s.G + g) * tiles + tile;
-            out.teacher_top[at] = top;
-            out.teacher_sum[at] = sum(totals);
+    for (int64_t g = 0; g < s.G; g++) {
+        const Next next = g + 1 < s.G ? Next(teacher.at(g + 1, b, k)) : Next(student.at(0, b, k));
+        float* row = e + g * TILE;
+        vf tops = all(LOWEST), totals = {};
+        each(teacher.at(g, b, k), n, [&](vf t, int64_t i) {
+            store(out.column_sum + k + i, load(out.column_sum + k + i) + t);
+            t -= load(out.center + k + i);
+            store(row + i, t);
+            tops = larger(t, tops);
+        });
+        const float top = largest(tops);
+        for (int64_t i = 0; i < n; i += W) {
+            next.prefetch(i);
+            const vf x = pow2((load(row + i) - top) * teacher_scale);
+            store(row + i, x);
+            totals += x;
         }
-        for (int64_t v = 0; v < s.V; v++) {
-            const S* p = student.at(v, b, k);
-            const Next next = v + 1 < s.V   ? Next(student.at(v + 1, b, k))
-                              : b + 1 < s.B ? Next(teacher.at(0, b + 1, k))
-                                            : Next(p);
-            const float top = maximum(p, n);
-            const int64_t row = b * s.V + v;
-            out.student_top[row * tiles + tile] = top;
-            for (int64_t g = 0; g < s.G; g += 2) {
-                const float* pair[2] = {e + g * TILE, e + (g + 1) * TILE};
-                float* total = out.student_sum + row * tiles + tile;
-                float dot[2];
-                if (g + 1 < s.G)
-                    sums<2>(p, n, top, student_scale, pair, total, dot, next);
-                else
-                    sums<1>(p, n, top, student_scale, pair, total, dot, next);
-                for (int64_t j = 0; j < 2 && g + j < s.G; j++)
-                    out.dot[(row * s.G + g + j) * tiles + tile] = dot[j];
-            }
+        const int64_t at = (b * s.G + g) * tiles + tile;
+        out.teacher_top[at] = top;
+        out.teacher_sum[at] = sum(totals);
+    }
+    for (int64_t v = 0; v < s.V; v++) {
+        const S* p = student.at(v, b, k);
+        const Next next = v + 1 < s.V ? Next(student.at(v + 1, b, k)) : Next(teacher.at(0, b, k + n));
+        const float top = maximum(p, n);
+        const int64_t row = b * s.V + v;
+        out.student_top[row * tiles + tile] = top;
+        for (int64_t g = 0; g < s.G; g += 2) {
+            const float* pair[2] = {e + g * TILE, e + (g + 1) * TILE};
+            float* total = out.student_sum + row * tiles + tile;
+            float dot[2];
+            if (g + 1 < s.G)
+                sums<2>(p, n, top, student_scale, pair, total, dot, next);
+            else
+                sums<1>(p, n, top, student_scale, pair, total, dot, next);
+            for (int64_t j = 0; j < 2 && g + j < s.G; j++)
+                out.dot[(row * s.G + g + j) * tiles + tile] = dot[j];
         }
     }
-    const float count = s.G * s.B;
-    for (int64_t i = 0; i < n; i++) mean[k + i] = column_sum[i] / count;
 }
 
 // Maximum and sum of a row; `factor` gets what the sum of each tile is multiplied by.
@@ -202,15 +198,24 @@ void forward(
     float teacher_temp, const Sizes& s, int threads
 ) {
     const Partial partial(workspace, s);
-    const int64_t tiles = s.tiles();
+    // a run of tiles for all images: long rows spare the translation of addresses, several runs a thread even out
+    const int64_t tiles = s.tiles(), runs = tiles < 4 * threads ? tiles : 4 * threads;
 #pragma omp parallel num_threads(threads)
     {
         float* scratch = partial.scratch + omp_get_thread_num() * Partial::scratch_size(s);
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < tiles; t++)
-            forward_tile(
-                partial, mean, student, teacher, center, LOG2E / student_temp, LOG2E / teacher_temp, s, t, scratch
-            );
+        for (int64_t i = 0; i < runs; i++) {
+            const int64_t first = tiles * i / runs, last = tiles * (i + 1) / runs;
+            const int64_t from = first * TILE, to = last * TILE < s.K ? last * TILE : s.K;
+            for (int64_t k = from; k < last * TILE; k++)
+                partial.column_sum[k] = 0, partial.center[k] = k < to ? center[k] : 0;
+            for (int64_t b = 0; b < s.B; b++)
+                for (int64_t t = first; t < last; t++)
+                    forward_tile(
+                        partial, student, teacher, LOG2E / student_temp, LOG2E / teacher_temp, s, b, t, scratch
+                    );
+            for (int64_t k = from; k < to; k++) mean[k] = partial.column_sum[k] / float(s.G * s.B);
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < s.B; b++)
             losses[b] = merge_image(
