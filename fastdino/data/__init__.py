@@ -138,20 +138,24 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
+        died = ""
         try:
             while True:
                 try:
                     loaded = next(batches)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
+                # a worker's death is noticed by the DataLoader or, earlier, by its closed socket
+                except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                    about_worker = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+                    if not about_worker or str(error).startswith("Caught "):  # raised in a worker that lives
                         raise
+                    died = str(error).strip() or type(error).__name__
+                if died:  # not raised while handling: the first error's traceback would keep the workers
                     raise RuntimeError(
-                        f"a process that loads images died ({str(error).strip()}): often memory ran out; "
-                        "lower --workers or --batch-size, or give the container more shared memory "
-                        "(--shm-size), and start again"
-                    ) from error
+                        f"a process that loads images died ({died}): often memory ran out; lower "
+                        "--workers or --batch-size, or give the container more shared memory (--shm-size)"
+                    )
                 if isinstance(loaded, Unreadable):
                     raise loaded
                 pixels, indices, failed = loaded
@@ -165,9 +169,8 @@ class Loader:
             del batches  # ends the workers now, not when the traceback that holds this frame is dropped
 
 
-Loaded = tuple[
-    Tensor, Tensor, list[tuple[str, str]]
-]  # all views flat, indices, (path, reason) of unreadable files
+# all views flat, indices, (path, reason) of unreadable files
+Loaded = tuple[Tensor, Tensor, list[tuple[str, str]]]
 
 
 def _view_sizes(policy: CropPolicy) -> list[int]:
