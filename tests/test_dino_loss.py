@@ -4,6 +4,8 @@ Bound: twice the error of that formula computed in float32 on the same inputs, p
 output's dtype.
 """
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -16,12 +18,17 @@ from fastdino.ops.dino_loss import _dino_loss
 # numpy warns of what PyTorch computes in silence, such as inf - inf, in Triton's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-IMPLS = ["torch", *(["cpu"] if native.isas() else []), *(["triton"] if find_spec("triton") else [])]
+CUDA = torch.cuda.is_available()
+IMPLS: list = ["torch", *(["cpu"] if native.isas() else [])]
+if find_spec("triton"):
+    IMPLS.append(pytest.param("triton", marks=pytest.mark.cuda if CUDA else ()))
 
 
 @pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> str:
-    return request.param
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the implementation; where there is a GPU, Triton's tests make their tensors on it."""
+    with torch.device("cuda") if CUDA and request.param == "triton" else nullcontext():
+        yield request.param
 
 
 def official(
@@ -203,7 +210,7 @@ def test_autocast_changes_nothing(impl):
     s, t, c = logits(4, 2, 3, 100)
     temps = {"student_temp": 0.1, "teacher_temp": 0.04, "impl": impl}
     loss = dino_loss(s, t, c, **temps)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(s.device.type, dtype=torch.bfloat16):
         assert torch.equal(dino_loss(s, t, c, **temps), loss)
 
 
@@ -322,3 +329,55 @@ def test_auto_takes_the_plain_form_for_more_teacher_crops_than_the_kernel_has_ro
     check("auto", *given)
     with pytest.raises(ValueError, match="up to 64 crops"):
         check("cpu", *given)
+
+
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_step_does_not_wait_for_the_gpu():
+    with torch.device("cuda"):
+        s, t, c = logits(4, 2, 3, 1000)
+    s.requires_grad_()
+    for mode in ("default", "error"):  # the first round compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04).backward()
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_captured_graph_follows_logits_and_temperature():
+    with torch.device("cuda"):
+        s, t, c = logits(4, 2, 3, 1000)
+        temp = torch.tensor(0.04)
+    s.requires_grad_()
+
+    def step() -> Tensor:
+        loss = dino_loss(s, t, c, student_temp=torch.full_like(temp, 0.1), teacher_temp=temp)
+        return torch.autograd.grad(loss, s)[0]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    t.normal_()
+    temp.fill_(0.07)
+    graph.replay()
+    assert torch.equal(captured, step())
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_addresses_beyond_two_to_the_31():
+    v, b, k = 10, 3300, 65536
+    s = torch.randn(1, 1, k, device="cuda", dtype=torch.bfloat16).repeat(v, b, 1).requires_grad_()
+    t, c = torch.randn(2, 1, k, device="cuda").expand(2, b, k), torch.zeros(k, device="cuda")
+    loss = dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04)
+    loss.backward()
+    one = s.detach()[:, :1].clone().requires_grad_()
+    alone = dino_loss(one, t[:, :1], c, student_temp=0.1, teacher_temp=0.04)
+    (alone / b).backward()
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(s.grad[:, -1], one.grad[:, 0], rtol=2e-2, atol=0)

@@ -1,6 +1,8 @@
 """The teacher update against its formula in float64."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -13,12 +15,17 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastdino.ops import ema_, native
 from fastdino.ops.ema import _ema_
 
-IMPLS = ["torch", *(["cpu"] if native.isas() else []), *(["triton"] if find_spec("triton") else [])]
+CUDA = torch.cuda.is_available()
+IMPLS: list = ["torch", *(["cpu"] if native.isas() else [])]
+if find_spec("triton"):
+    IMPLS.append(pytest.param("triton", marks=pytest.mark.cuda if CUDA else ()))
 
 
 @pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> str:
-    return request.param
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the implementation; where there is a GPU, Triton's tests make their tensors on it."""
+    with torch.device("cuda") if CUDA and request.param == "triton" else nullcontext():
+        yield request.param
 
 
 def lists(
@@ -50,7 +57,7 @@ def test_update_follows_the_formula(impl, teacher, student, momentum):
     before, given = copy.deepcopy(t), copy.deepcopy(s)
     ema_(t, s, momentum, impl=impl)
     # Triton's interpreter truncates to bfloat16; compiled, it rounds (test_triton.py)
-    truncates = impl == "triton" and teacher == torch.bfloat16
+    truncates = impl == "triton" and teacher == torch.bfloat16 and not CUDA
     assert_updated(before, s, t, momentum, ulps=1.0 if truncates else 0.5)
     assert all(torch.equal(a, b) for a, b in zip(s, given, strict=True))
 
@@ -122,6 +129,7 @@ def test_buffers_are_copied_or_averaged_by_choice(impl):
         ema_([torch.zeros(1)], [torch.ones(1)], 0.9, buffers="copy", impl=impl)
 
 
+@pytest.mark.skipif(CUDA, reason="its mesh is of CPUs")
 def test_shards_of_a_dtensor_are_updated_in_place(impl, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -123,7 +123,7 @@ def _cpu_call(student: Tensor, teacher: Tensor, out: Tensor) -> tuple[Any, int, 
     floats = ctypes.c_int64()
     size_of = native.kernel("dino_loss_workspace", (POINTER, POINTER, INT))
     size_of(ctypes.addressof(floats), ctypes.addressof(numbers), threads)
-    return numbers, half, threads, torch.empty(floats.value)
+    return numbers, half, threads, torch.empty(floats.value, device="cpu")
 
 
 def dino_loss_cpu(
@@ -139,7 +139,7 @@ def dino_loss_cpu(
     center, pair_weights = center.contiguous(), pair_weights.contiguous()
     out = _empty_results(student, teacher, center)
     numbers, half, threads, workspace = _cpu_call(student, teacher, student)
-    losses = torch.empty(student.shape[1], dtype=torch.float64)
+    losses = torch.empty(student.shape[1], dtype=torch.float64, device="cpu")
     tensors = (*out, workspace, losses, student, teacher, center, pair_weights)
     native.kernel("dino_loss_forward", CPU_FORWARD)(
         *(x.data_ptr() for x in tensors),
@@ -479,7 +479,7 @@ def dino_loss(
     _check(student, teacher, center, temps, pair_weights, impl)
     dtype, device = _accumulator(student, teacher), student.device
     # numbers stay on the CPU: a copy to the GPU would wait for it
-    numbers = (t if isinstance(t, Tensor) else torch.tensor(t) for t in temps.values())
+    numbers = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu") for t in temps.values())
     loss, _, _, teacher_mean = _dino_loss(
         student,
         teacher.detach(),

@@ -180,9 +180,8 @@ def ema_(
     if not isinstance(momentum, Tensor):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum}: it lies between 0 and 1")
-        momentum = torch.tensor(
-            momentum, dtype=torch.float64
-        )  # on the CPU: a copy to the GPU would wait for it
+        # on the CPU: a copy to the GPU would wait for it
+        momentum = torch.tensor(momentum, dtype=torch.float64, device="cpu")
     elif momentum.numel() != 1:
         raise ValueError(f"momentum has shape {tuple(momentum.shape)}: give one number")
     averaged = _matched(_parameters(teacher), _parameters(student))

@@ -1,0 +1,99 @@
+"""One command for a GPU that is lent for minutes: tests, then benchmarks, the most telling first.
+
+    python -m benchmarks.gpu --out DIR [--minutes 8] [--rehearse]
+
+Runs from a checkout with torch and triton alone, without a network. Every part is a process of its own: its
+result is written as it ends, a failure or a time-out is noted and the next part begins. `--rehearse` goes
+through the same parts without a GPU, at tiny sizes, with the Triton kernels in their interpreter and the loss
+on the CPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_dino_loss.py", "tests/test_ema.py"]
+OPS = ["-m", "benchmarks.ops"]
+
+
+def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
+    """Name, most seconds and arguments to Python, the most telling first."""
+    if rehearse:
+        tiny = [*OPS, "--device", "cpu", "--no-compile", "--images", "2", "--rounds", "2"]
+        return [
+            ("tests", 300, [*TESTS, "-k", "triton and (upstream or layout)"]),
+            ("loss", 120, [*tiny, "--out", str(out / "loss"), "--prototypes", "512", "--archs"]),
+            ("ema", 120, [*tiny, "--out", str(out / "ema"), "--prototypes", "--archs", "tiny"]),
+        ]
+    gpu = [*OPS, "--device", "cuda", "--seconds", "4", "--rounds", "101"]
+    return [
+        ("tests", 180, [*TESTS, "-m", "cuda"]),
+        (
+            "headline",
+            120,
+            [*gpu, "--out", str(out / "headline"), *_problems("64", "65536", "bfloat16", "vit_base")],
+        ),
+        ("ema", 60, [*gpu, "--out", str(out / "ema"), *_problems("", "", "", "vit_small vit_large")]),
+        ("batch", 120, [*gpu, "--out", str(out / "batch"), *_problems("8 16 32", "65536", "bfloat16", "")]),
+        ("float32", 90, [*gpu, "--out", str(out / "float32"), *_problems("64", "65536", "float32", "")]),
+        ("width", 120, [*gpu, "--out", str(out / "width"), *_problems("64", "4096 262144", "bfloat16", "")]),
+    ]
+
+
+def _problems(images: str, prototypes: str, dtypes: str, archs: str) -> list[str]:
+    given = {"--images": images, "--prototypes": prototypes, "--dtypes": dtypes, "--archs": archs}
+    return [word for flag, words in given.items() for word in (flag, *words.split())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8, help="after which no part begins or goes on")
+    parser.add_argument("--rehearse", action="store_true", help="the same without a GPU, at tiny sizes")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
+    env = os.environ | ({"TRITON_INTERPRET": "1"} if args.rehearse else {})
+    summary: list[dict[str, object]] = []
+    for name, limit, command in parts(out, args.rehearse):
+        start = time.monotonic()
+        seconds = min(limit, end - start)
+        log = out / f"{name}.log"
+        if name == "tests" and not find_spec("pytest"):
+            status = "left out: pytest is not installed"
+        elif seconds < 5:
+            status = "left out: no time"
+        else:
+            with log.open("w") as file:
+                try:
+                    done = subprocess.run(
+                        [sys.executable, *command],
+                        cwd=ROOT,
+                        env=env,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        timeout=seconds,
+                        check=False,
+                    )
+                    status = (
+                        "ok" if done.returncode == 0 else f"failed with {done.returncode}, see {log.name}"
+                    )
+                except subprocess.TimeoutExpired:
+                    status = f"stopped after {seconds:.0f} s, see {log.name}"
+        summary.append({"part": name, "status": status, "seconds": round(time.monotonic() - start, 1)})
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"{name}: {status}", flush=True)
+    if any(part["status"] != "ok" for part in summary):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
