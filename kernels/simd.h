@@ -60,6 +60,9 @@ inline vf load(const bf16* p) {
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 
 inline vh narrow(vf x) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
     const vu bits = (vu)x;
     const vu even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
     const vu out = x == x ? even : vu{} + 0x7fc0u;
@@ -67,6 +70,7 @@ inline vh narrow(vf x) {
     return (vh)_mm512_cvtepi32_epi16((__m512i)out);
 #else
     return __builtin_convertvector(out, vh);
+#endif
 #endif
 }
 
