@@ -29,15 +29,16 @@ CONFIG = Config(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder with a teacher, and folders `images` and `val` of twelve and four in three classes."""
+    """A run's folder with a teacher, and folders `images` and `val` of 36 in three classes, hard to tell."""
     torch.manual_seed(11)  # another than the run's: a trained teacher has not its initial weights
     checkpoint.write_teacher(tmp_path / "teacher.safetensors", DINO(CONFIG).teacher, CONFIG, 7)
     rng = np.random.default_rng(0)
-    for folder, n in (("images", 12), ("val", 6)):
-        for i in range(n):
+    for folder in ("images", "val"):
+        for i in range(36):
             path = tmp_path / folder / f"class{i % 3}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (20, 24, 3)) // 4 + 60 * np.eye(3, dtype=int)[i % 3]
+            colour = 110 + rng.normal(0, 14, 3) + 16 * np.eye(3)[i % 3]
+            pixels = np.clip(colour + rng.normal(0, 30, (20, 24, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     return tmp_path
 
@@ -61,10 +62,13 @@ def test_accuracies_are_those_of_the_teacher_and_of_both_baselines(run: Path, ca
         for name, network in networks.items()
     }
     assert json.loads((run / "out.json").read_text()) == expected
+    assert (
+        len({tuple(accuracy.values()) for accuracy in expected.values()}) == 3
+    )  # else a mix-up would not show
     rows = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
     for name, accuracy in expected.items():
         assert f"{name} {accuracy['1']:.1f} {accuracy['5']:.1f}" in rows
-    assert rows[0] == "k-NN accuracy in %: 12 images by the others, 3 classes"
+    assert rows[0] == "k-NN accuracy in %: 36 images by the others, 3 classes"
 
 
 def test_images_of_val_are_classified_by_those_of_data(run: Path, capsys):
@@ -74,8 +78,10 @@ def test_images_of_val_are_classified_by_those_of_data(run: Path, capsys):
         load_backbone(str(run)), train, val, CONFIG.data.crops, ks=(1, 5), temperature=0.2
     )
     assert json.loads((run / "out.json").read_text()) == {"teacher": {str(k): a for k, a in accuracy.items()}}
+    knn(run, val=str(run / "val"), json=str(run / "other.json")).run()
+    assert (run / "other.json").read_text() != (run / "out.json").read_text()  # of another temperature
     title = capsys.readouterr().out.splitlines()[0]
-    assert title == f"k-NN accuracy in %: 6 images of {run / 'val'} by 12, 3 classes"
+    assert title == f"k-NN accuracy in %: 36 images of {run / 'val'} by 36, 3 classes"
 
 
 def test_the_file_itself_may_be_named(run: Path):
@@ -84,29 +90,15 @@ def test_the_file_itself_may_be_named(run: Path):
     assert (run / "a.json").read_text() == (run / "b.json").read_text()
 
 
-def test_the_command_runs_by_itself(run: Path):
-    flags = [
-        "--data",
-        run / "images",
-        "--k",
-        "1",
-        "3",
-        "--baselines",
-        "--workers",
-        "1",
-        "--json",
-        run / "out.json",
-    ]
-    command = [sys.executable, "-c", "from fastdino.eval import main; main()", "knn", run, *flags]
+def test_the_command_runs_by_itself(run: Path, capsys):
+    flags = f"--data {run}/images --k 1 3 --baselines --workers 1 --device cpu --json {run}/out.json".split()
+    command = [sys.executable, "-c", "from fastdino.eval import main; main()", "knn", str(run), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    results = json.loads((run / "out.json").read_text())
-    assert list(results) == ["untrained network", "raw pixels", "teacher"]
-    assert all(list(accuracy) == ["1", "3"] for accuracy in results.values())
-    assert results["raw pixels"]["1"] == 100.0  # the class is a colour
-    assert "raw pixels" in done.stdout
-    assert "100.0" in done.stdout
+    knn(run, k=(1, 3), baselines=True, json=str(run / "here.json")).run()
+    assert (run / "out.json").read_text() == (run / "here.json").read_text()
+    assert done.stdout == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
