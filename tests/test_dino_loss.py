@@ -198,6 +198,16 @@ def test_gradient_is_written_over_the_logits_when_asked(impl):
     assert torch.equal(copy, twin * 2)
 
 
+def test_logits_that_share_memory_are_not_written_over(impl):
+    _, t, c = logits(4, 2, 3, 100)
+    leaf = torch.randn(4, 1, 100).requires_grad_()
+    given = leaf.expand(4, 3, 100)
+    temps = {"student_temp": 0.1, "teacher_temp": 0.04, "impl": impl}
+    (grad,) = torch.autograd.grad(dino_loss(given, t, c, **temps, inplace_backward=True), leaf)
+    (expected,) = torch.autograd.grad(dino_loss(given, t, c, **temps), leaf)
+    assert torch.equal(grad, expected)
+
+
 def test_overwriting_logits_that_autograd_needs_raises(impl):
     s, t, c = logits(4, 2, 3, 100)
     saved = s.requires_grad_().exp()  # exp saves its output for its own backward

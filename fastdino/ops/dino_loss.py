@@ -11,7 +11,6 @@ logit is float64.
 """
 
 import ctypes
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastdino.ops import native
-from fastdino.ops.native import interpreted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -340,7 +338,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0]:
         return None, *nothing
     student, *rest = ctx.saved_tensors
-    if ctx.inplace_backward and not torch.compiler.is_compiling():
+    # elsewhere two logits may share memory, as after expand
+    dense = student.is_contiguous() or student.transpose(0, 1).is_contiguous()
+    if ctx.inplace_backward and dense and not torch.compiler.is_compiling():
         _dino_loss_bwd_(grad, student.detach(), *rest, ctx.impl)
         return student.detach(), *nothing
     return _dino_loss_bwd(grad, student, *rest, ctx.impl), *nothing
@@ -356,7 +356,9 @@ def choose(device: torch.device) -> tuple[str, str]:
         return ("cpu" if native.isas() else "torch"), native.describe()
     if device.type != "cuda":
         return "torch", f"there is no kernel for {device.type}"
-    return ("triton", version("triton")) if find_spec("triton") else ("torch", "triton is not installed")
+    return (
+        ("triton", native.triton_version()) if find_spec("triton") else ("torch", "triton is not installed")
+    )
 
 
 def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
@@ -374,7 +376,7 @@ def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
     if impl == "triton":
         if not find_spec("triton"):
             return "triton is not installed"
-        if student.device.type != "cuda" and not interpreted():
+        if student.device.type != "cuda" and not native.interpreted():
             return f"the logits are on {student.device}"
         if torch.float64 in dtypes:
             return "its kernels compute in float32, not float64"
@@ -462,7 +464,7 @@ def dino_loss(
         impl: "auto", "torch", "cpu" (C++ kernels: float32 and bfloat16) or "triton" (CUDA GPU: not float64).
         inplace_backward: write the gradient over the student's logits, which saves a tensor of their size.
             Only for logits that nobody reads after the loss; autograd raises if another operation saved them.
-            Ignored under torch.compile.
+            Ignored under torch.compile, and for logits that are not contiguous.
         return_teacher_mean: also return the mean of the teacher's logits over crops and images, which comes
             out of the same pass.
 

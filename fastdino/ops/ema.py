@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -81,7 +80,9 @@ def choose(device: torch.device) -> tuple[str, str]:
         return ("cpu" if native.isas() else "torch"), native.describe()
     if device.type != "cuda":
         return "torch", f"there is no kernel for {device.type}"
-    return ("triton", version("triton")) if find_spec("triton") else ("torch", "triton is not installed")
+    return (
+        ("triton", native.triton_version()) if find_spec("triton") else ("torch", "triton is not installed")
+    )
 
 
 def _cannot(impl: str, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: finds and loads libfastdino_cpu.so, or says why there is none."""
+"""What kernels run with: loads libfastdino_cpu.so, or says why there is none; asks Triton how it runs."""
 
 import ctypes
 import functools
@@ -53,6 +53,13 @@ def _kernel(name: str, argtypes: tuple[Any, ...], isa: str) -> Callable[..., Non
     function = getattr(load()[0], f"fastdino_{name}_{isa}")
     function.argtypes, function.restype = argtypes, None
     return function
+
+
+def triton_version() -> str:
+    """Version of Triton, which is imported only now."""
+    import triton
+
+    return triton.__version__
 
 
 @torch.compiler.assume_constant_result
