@@ -26,21 +26,15 @@ def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def _teacher_probs(teacher: Tensor, center: Tensor, temp: Tensor, stats: Tensor) -> Tensor:
-    # q = exp((t - c - max) / tt - log_sum): the maximum leaves before the division, which would round it away
-    return (
-        (teacher.to(center.dtype) - center)
-        .sub_(stats[0, ..., None])
-        .div_(temp)
-        .sub_(stats[1, ..., None])
-        .exp_()
-    )
+def _softmax(x: Tensor, top: Tensor, temp: Tensor) -> Tensor:
+    # the maximum leaves before the division, which would round it away; torch.exp is many times slower than
+    # torch.softmax where it underflows
+    return torch.softmax((x - top[..., None]).div_(temp), -1)
 
 
-def _stats(x: Tensor, temp: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row, log of its sum of exp((x - maximum) / temp): NaN where a softmax would be."""
-    top = x.amax(-1)
-    return top, (x - top[..., None]).div_(temp).exp_().sum(-1).log_()
+def _log_sum(probs: Tensor) -> Tensor:
+    """Log of the sum of exp((x - maximum) / temp) of each row; NaN where a softmax is."""
+    return probs.amax(-1).log_().neg_()
 
 
 def dino_loss_ref(
@@ -55,17 +49,21 @@ def dino_loss_ref(
     dtype, batch = center.dtype, student.shape[1]
     wide = teacher.to(dtype)
     teacher_mean = wide.mean((0, 1))
-    teacher_stats = torch.stack(_stats(wide - center, teacher_temp))
-    q = _teacher_probs(teacher, center, teacher_temp, teacher_stats)
+    centred = wide - center
+    top = centred.amax(-1)
+    q = _softmax(centred, top, teacher_temp)
+    teacher_stats = torch.stack((top, _log_sum(q)))
     student_stats = center.new_empty(2, *student.shape[:2])
     loss = center.new_zeros((), dtype=torch.float64)
     for v, weights in enumerate(pair_weights):
         row = student[v].to(dtype)
-        student_stats[0, v], student_stats[1, v] = _stats(row, student_temp)
+        top = row.amax(-1)
+        log_sum = _log_sum(_softmax(row, top, student_temp))
+        student_stats[0, v], student_stats[1, v] = top, log_sum
         # sum_g M (log_sum - <q, x - max>): equal to the formula, and exact where x is large
-        shifted = (row - student_stats[0, v, :, None]).div_(student_temp)
+        shifted = (row - top[:, None]).div_(student_temp)
         for g, weight in enumerate(weights):
-            pair = student_stats[1, v] - (q[g] * shifted).sum(-1)
+            pair = log_sum - (q[g] * shifted).sum(-1)
             loss += torch.where(weight == 0, 0, weight * pair.sum(dtype=torch.float64))
     loss = (loss / (pair_weights.sum() * batch)).to(dtype)
     return loss, student_stats, teacher_stats, teacher_mean
@@ -85,12 +83,9 @@ def dino_loss_bwd_ref(
 ) -> None:
     """Gradient of the loss for the student's logits, from the forward's statistics."""
     scale = grad / (pair_weights.sum() * student.shape[1] * student_temp)
-    q = _teacher_probs(teacher, center, teacher_temp, teacher_stats)
+    q = _softmax(teacher.to(center.dtype) - center, teacher_stats[0], teacher_temp)
     for v, weights in enumerate(pair_weights):
-        row = student[v].to(center.dtype)
-        out = (
-            (row - student_stats[0, v, :, None]).div_(student_temp).sub_(student_stats[1, v, :, None]).exp_()
-        )
+        out = _softmax(student[v].to(center.dtype), student_stats[0, v], student_temp)
         out *= weights.sum()
         for g, weight in enumerate(weights):
             out -= torch.where(weight == 0, 0, weight * q[g])
