@@ -21,6 +21,7 @@ from fastdino.files import sync, write_atomically
 
 # Fields that a continued run may change: none of them touches what is learnt.
 FREE = {
+    "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
     "data.workers",
     "data.max_unreadable",
     "data.val",
@@ -29,7 +30,6 @@ FREE = {
     "run.log_every",
     "run.save_every",
     "run.keep",
-    "run.keep_every_epochs",
     "run.knn_every_epochs",
     "run.knn_images",
     "run.max_nonfinite",
@@ -77,11 +77,11 @@ def claim(out: Path, config: Config) -> TextIO:
 
 def _check_same_run(out: Path, config: Config) -> None:
     path = out / "config.json"
-    if not path.exists():
-        if found := [
-            n for n in ("checkpoints", "metrics.jsonl", "teacher.safetensors") if (out / n).exists()
-        ]:
-            raise ValueError(f"{out} has {', '.join(found)} but no config.json: give another --out")
+    if not path.exists() and (
+        found := [n for n in ("checkpoints", "metrics.jsonl", "teacher.safetensors") if (out / n).exists()]
+    ):
+        raise ValueError(f"{out} has {', '.join(found)} but no config.json: give another --out")
+    if not checkpoints(out):  # a new run, or one that failed before it had anything to lose
         text = json.dumps(to_dict(config), indent=2) + "\n"
         write_atomically(path, lambda beside: beside.write_text(text))
         return
@@ -157,6 +157,15 @@ def write_teacher(path: Path, teacher: nn.Module, config: Config, step: int) -> 
     state = {name: value.detach().cpu().contiguous() for name, value in teacher.state_dict().items()}
     metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
     write_atomically(path, lambda beside: save_file(state, beside, metadata=metadata))
+
+
+def teacher_step(out: Path) -> int | None:
+    """The step of the teacher.safetensors in `out`, or None if there is none."""
+    path = out / "teacher.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], Config]:

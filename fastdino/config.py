@@ -86,6 +86,11 @@ class CropPolicy:
         _check(
             self.local_crops_number >= 0, f"--local-crops-number {self.local_crops_number}: give 0 or more"
         )
+        _check(
+            self.local_crops_number == 0 or self.local_crops_size <= self.global_crops_size,
+            f"--local-crops-size {self.local_crops_size} is above --global-crops-size "
+            f"{self.global_crops_size}: local crops are the smaller ones",
+        )
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self, name)
             _check(
@@ -358,6 +363,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
                     local_crops_number=4,
                     local_crops_size=16,
                     local_crops_scale=(0.1, 0.3),
+                    blur_radius=(0.1, 0.5),  # official 2.0 is for 224 pixels; here it would wipe the textures
                 )
             ),
             model=ModelConfig(
@@ -368,8 +374,9 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 head_hidden_dim=512,
                 bottleneck_dim=128,
             ),
-            optim=OptimConfig(epochs=20, warmup_epochs=2),
-            run=RunConfig(save_every=200, knn_every_epochs=5),
+            method=MethodConfig(momentum_teacher=0.99),
+            optim=OptimConfig(epochs=12, warmup_epochs=2, lr=4e-3),
+            run=RunConfig(save_every=200, knn_every_epochs=3),
         ),
     ),
     "vit-tiny-16": ("ViT-tiny, 16-pixel patches, official settings", _vit("vit_tiny", 16)),

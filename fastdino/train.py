@@ -22,8 +22,9 @@ from fastdino.config import PRESETS, Config, to_dict
 from fastdino.data import crops
 from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.dino import DINO
+from fastdino.distributed import choose_device
 from fastdino.eval.attention import plot_attention
-from fastdino.eval.knn import evaluate_knn
+from fastdino.eval.knn import check_classes, evaluate_knn
 from fastdino.monitor import Monitor, plot_curves, read_metrics
 
 
@@ -59,19 +60,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that --device names; raises ValueError if it is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
-    return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -110,13 +98,16 @@ def train(config: Config) -> dict[str, Any]:
     dtype = choose_precision(config.run.precision, device)
     source = open_source(config.data.data)
     val = open_source(config.data.val) if config.data.val else None
-    if val is not None and (source.labels is None or val.labels is None):
-        raise ValueError(
-            f"--val needs labels in {config.data.data} and {config.data.val}: a sub-folder per class"
-        )
+    if val is not None:
+        check_classes(source, val)
     steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     out = Path(config.run.out)
+    if Path(config.data.data).is_dir() and out.resolve().is_relative_to(Path(config.data.data).resolve()):
+        raise ValueError(
+            f"--out {out} lies in --data {config.data.data}, whose images it would join: move it"
+        )
+    note = data.crop_size_warning(source, policy)
 
     # The network, from the seed alone.
     torch.manual_seed(config.run.seed)
@@ -140,11 +131,16 @@ def train(config: Config) -> dict[str, Any]:
                     f"{config.data.data} holds other images than when {out} was begun: a continued run would "
                     "see other crops. Restore the images, or give another --out."
                 )
+            if info["precision"] != str(dtype):
+                raise ValueError(
+                    f"{out} was trained in {info['precision']}, not {dtype}: say so with --precision, or "
+                    "give another --out"
+                )
             scaler.load_state_dict(info["scaler"])
             unreadable = {key: set(paths) for key, paths in info["unreadable"].items()}
             skipped = info["skipped"]
-        else:
-            checkpoint.write_teacher(out / "teacher.safetensors", dino.teacher, config, 0)
+        if checkpoint.teacher_step(out) != start:  # a new run, or a kill fell between checkpoint and teacher
+            checkpoint.write_teacher(out / "teacher.safetensors", dino.teacher, config, start)
 
         with Monitor(out, start, total, to_dict(config), config.run.wandb) as monitor:
             loader = data.make_loader(
@@ -164,7 +160,7 @@ def train(config: Config) -> dict[str, Any]:
                 + f" · {len(source)} images, {loader.workers} loader processes · "
                 f"{cfg.epochs} epochs of {steps_per_epoch} updates of {cfg.batch_size} images"
             )
-            if note := data.crop_size_warning(source, policy):
+            if note:
                 monitor.say(note)
             if start:
                 what = "is complete" if start == total else "is continued"
@@ -175,6 +171,7 @@ def train(config: Config) -> dict[str, Any]:
             def save(step: int) -> None:
                 info = {
                     "images": source.fingerprint(),
+                    "precision": str(dtype),
                     "scaler": scaler.state_dict(),
                     "unreadable": {key: sorted(paths) for key, paths in unreadable.items()},
                     "skipped": skipped,
@@ -202,6 +199,9 @@ def train(config: Config) -> dict[str, Any]:
                     )
                 except KeyboardInterrupt:
                     return {}
+                except ValueError as error:
+                    monitor.say(f"step {step + 1}: no k-NN: {error}")
+                    return {}
                 finally:
                     dino.teacher.train()
                 monitor.say(
@@ -212,11 +212,12 @@ def train(config: Config) -> dict[str, Any]:
 
             batches = iter(loader)
             warmup = optim.warmup_steps(cfg, steps_per_epoch)
+            milestone = config.run.keep_every_epochs * steps_per_epoch
             history = torch.zeros(
                 config.run.log_every, 2, device=device
             )  # loss and gradient norm, read when logging
             since: list[tuple[int, float, list[Tensor]]] = []  # step, lr and images of each row of it
-            values: dict[str, Any] = read_metrics(out)[-1] if start == total else {}
+            values: dict[str, Any] = (read_metrics(out) or [{}])[-1] if start == total else {}
             in_a_row, waited, paused, began = 0, 0.0, 0.0, time.perf_counter()
 
             for step in range(start, total):
@@ -282,7 +283,9 @@ def train(config: Config) -> dict[str, Any]:
 
                 # What a person sees: the only place that waits for the device.
                 done = step + 1
-                if len(since) == config.run.log_every or last_of_epoch or caught:
+                save_due = done == total or done % config.run.save_every == 0 or bool(caught)
+                save_due |= bool(milestone) and done % milestone == 0
+                if done % config.run.log_every == 0 or last_of_epoch or save_due:
                     rows = history[: len(since)].tolist()
                     elapsed = time.perf_counter() - began - paused
                     for (at, its_lr, images), (its_loss, its_norm) in zip(since, rows, strict=True):
@@ -290,9 +293,9 @@ def train(config: Config) -> dict[str, Any]:
                             in_a_row = 0
                             continue
                         in_a_row, skipped = in_a_row + 1, skipped + 1
-                        if math.isfinite(its_loss) and scaler.is_enabled():
-                            continue  # fp16 gradients overflow now and then; the scaler lowers its scale
-                        report_nonfinite(monitor, source, at, its_lr, its_loss, images)
+                        # fp16 gradients overflow now and then; the scaler lowers its scale.
+                        if not (math.isfinite(its_loss) and scaler.is_enabled()):
+                            report_nonfinite(monitor, source, at, its_lr, its_loss, images)
                         if in_a_row >= config.run.max_nonfinite:
                             raise RunError(
                                 f"stopped at step {at}: {in_a_row} non-finite steps in a row. "
@@ -324,18 +327,11 @@ def train(config: Config) -> dict[str, Any]:
                 if len(unreadable["epoch"]) > config.data.max_unreadable * len(source):
                     raise RunError(
                         f"{len(unreadable['epoch'])} of {len(source)} files could not be read, more than "
-                        f"--max-unreadable {config.data.max_unreadable:g} allows:\n  "
-                        + "\n  ".join(sorted(unreadable["epoch"]))
+                        f"--max-unreadable {config.data.max_unreadable:g} allows. Repair or remove them, or "
+                        "raise it:\n  " + "\n  ".join(sorted(unreadable["epoch"]))
                     )
 
-                # Checkpoints.
-                milestone = config.run.keep_every_epochs * steps_per_epoch
-                if (
-                    done % config.run.save_every == 0
-                    or done == total
-                    or caught
-                    or (milestone and done % milestone == 0)
-                ):
+                if save_due:
                     pause = time.perf_counter()
                     save(done)
                     paused += time.perf_counter() - pause
@@ -346,8 +342,8 @@ def train(config: Config) -> dict[str, Any]:
 
             # What is left to look at.
             monitor.say(f"curves     {plot_curves(out, math.log(config.model.out_dim))}")
-            if hasattr(dino.teacher.backbone, "get_last_selfattention"):
-                examples = some_images(val or source, 8)
+            examples = some_images(val or source, 8)
+            if examples and hasattr(dino.teacher.backbone, "get_last_selfattention"):
                 path = plot_attention(
                     dino.teacher.backbone.eval(), examples, policy, out / "attention.png", device
                 )
@@ -410,7 +406,7 @@ def main() -> None:
         sys.exit(128 + stopped.signum)
     except torch.OutOfMemoryError as error:
         sys.exit(f"fastdino-train: out of memory: raise --accumulate, same result in less memory.\n{error}")
-    except (ValueError, FileNotFoundError, RunError, Unreadable) as error:
+    except (ValueError, OSError, RunError, Unreadable) as error:
         sys.exit(f"fastdino-train: {error}")
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdino.ops.attention import attention
+
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
     """Zero each sample of x (B, ...) with probability `rate`; scale the others to keep the expectation."""
@@ -38,7 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -146,8 +148,8 @@ class VisionTransformer(nn.Module):
     def interpolate_pos_embed(self, height: int, width: int) -> Tensor:
         """The position embedding (1, 1 + N, D) of an image of `height` x `width` pixels.
 
-        The class token stays. As in official DINO, a square base grid is kept for square images only: 224 x 230
-        pixels are interpolated too, though they hold the same 14 x 14 patches as 224 x 224.
+        The class token stays. As in official DINO, a square base grid is kept for square images only: 224 x
+        230 pixels are interpolated too, though they hold the same 14 x 14 patches as 224 x 224.
         """
         rows, columns = height // self.patch_size, width // self.patch_size
         base_rows, base_columns = self.grid

@@ -1,4 +1,4 @@
-"""Attention maps: which weights they are, where on the image they lie, and the picture drawn of them."""
+"""Attention, and its maps: which weights they are, where on the image they lie, and the picture of them."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdino.config import CropPolicy
 from fastdino.data import crops
 from fastdino.eval.attention import attention_maps, plot_attention
+from fastdino.ops.attention import PLAIN_TOKENS, attention
 from fastdino.vit import vit_nano
 
 POLICY = CropPolicy(global_crops_size=16, local_crops_number=0)
@@ -111,3 +112,31 @@ def test_the_picture_opens_and_needs_no_display(n, patch, tmp_path: Path, monkey
         assert min(image.size) > 100
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100
     assert [p.name for p in tmp_path.iterdir()] == ["attention.png"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (37, 32), (65, 24), (PLAIN_TOKENS + 1, 8)])
+def test_attention_is_the_formula_in_value_and_gradient(dtype: torch.dtype, n: int, d: int) -> None:
+    q, k, v = (3 * torch.randn(2, 3, n, d) for _ in range(3))
+    upstream = torch.randn(2, 3, n, d).to(dtype)
+
+    def run(form: Any, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = form(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) / d**0.5
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True), v)
+
+    rounded = [x.to(dtype) for x in (q, k, v)]
+    truth = run(formula, [x.double() for x in rounded])
+    # The plain form in the same dtype: what official DINO computes under autocast.
+    plain = run(formula, rounded)
+    for name, ours, reference, true in zip(
+        ("out", "q", "k", "v"), run(attention, rounded), plain, truth, strict=True
+    ):
+        assert ours.dtype == dtype
+        error, allowed = (ours.double() - true).norm(), (reference.double() - true).norm()
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * true.norm(), name

@@ -115,7 +115,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 def test_claim_continues_the_same_run_and_names_what_differs(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path / "run")
     out = tmp_path / "run"
-    checkpoint.claim(out, config).close()
+    checkpoint.claim(out, replace(config, optim=replace(config.optim, lr=9.0))).close()
+    checkpoint.claim(out, config).close()  # nothing had been saved yet: the first failed, out of memory say
+    checkpoint.save(out, 1, tensors(1.0), {})
     stored = from_dict(type(config), json.loads((out / "config.json").read_text()))
     assert stored == config
     # What does not touch learning may change.

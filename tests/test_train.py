@@ -376,6 +376,31 @@ def test_a_continued_run_refuses_other_images(images: Path, tmp_path: Path) -> N
         train.train(config)
 
 
+def test_a_continued_run_may_find_its_images_elsewhere(images: Path, tmp_path: Path) -> None:
+    config = make_config(images, tmp_path / "run", epochs=2)
+    run_until(config, 2)
+    (tmp_path / "moved").symlink_to(images)
+    (tmp_path / "run" / "teacher.safetensors").unlink()  # as if killed between checkpoint and teacher
+    run_until(make_config(tmp_path / "moved", tmp_path / "run", epochs=2, save_every=99), 1)
+    assert max(checkpoint.checkpoints(tmp_path / "run")) == 3
+
+
+def test_a_continued_run_refuses_another_precision(images: Path, tmp_path: Path) -> None:
+    run_until(make_config(images, tmp_path, epochs=2, precision="auto"), 2)
+    with pytest.MonkeyPatch.context() as patch:  # the same command on another machine
+        patch.setattr(train, "choose_precision", lambda name, device: torch.float16)
+        with pytest.raises(ValueError, match=r"was trained in torch\.\w+, not torch\.float16.*--precision"):
+            train.train(make_config(images, tmp_path, epochs=2, precision="auto"))
+
+
+def test_knn_that_cannot_be_made_does_not_end_the_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = train.train(make_config(images, tmp_path, epochs=1, knn_every_epochs=1, knn_images=1))
+    assert "knn_20" not in last
+    assert "step 2: no k-NN: " in capsys.readouterr().out
+
+
 def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastdino.train", *flags], capture_output=True, text=True)
 
@@ -388,7 +413,9 @@ def test_bad_input_is_refused_before_any_work(images: Path, tmp_path: Path) -> N
         ({"data": str(tmp_path / "nowhere")}, "nowhere: no such folder or file"),
         ({"data": str(tmp_path / "empty")}, "empty"),
         ({"batch_size": 20}, r"--batch-size 20 is larger than the 19 images"),
-        ({"val": str(make_images(tmp_path / "unlabelled", 3))}, "--val needs labels"),
+        ({"val": str(make_images(tmp_path / "unlabelled", 3))}, "unlabelled has no labels"),
+        ({"val": str(make_images(tmp_path / "more", 9, classes=3))}, "more has classes that .* class2"),
+        ({"global_crops_size": 200}, "--global-crops-size 200 makes no sense for images .* 24 pixels"),
         ({"device": "gpu"}, "--device gpu: give auto, cpu, cuda"),
         ({"device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
         ({"arch": "vit_huge"}, "--arch vit_huge is unknown"),
@@ -397,6 +424,9 @@ def test_bad_input_is_refused_before_any_work(images: Path, tmp_path: Path) -> N
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(make_config(images, out, **flags))
         assert not out.exists(), flags
+    with pytest.raises(ValueError, match=r"--out .* lies in --data"):
+        train.train(make_config(images, images / "run"))
+    assert not (images / "run").exists()
 
 
 def test_command_prints_an_error_as_one_line_and_fails(tmp_path: Path) -> None:

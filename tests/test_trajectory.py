@@ -74,8 +74,8 @@ def test_ten_updates_equal_official_dino(tmp_path: Path, norm_last_layer: bool, 
     error, plain_error = (abs(np.array(x) - np.array(truth_losses)).max() for x in (losses, plain_losses))
     assert error <= 2 * plain_error + 4 * eps * scale
 
-    # A tensor whose gradient is rounding noise (the keys' bias) is moved by Adam in steps of the learning rate,
-    # whatever the noise: one tensor may be luckier in one form than another, all together may not.
+    # A tensor whose gradient is rounding noise (the keys' bias) is moved by Adam in steps of the learning
+    # rate, whatever the noise: one tensor may be luckier in one form than another, all together may not.
     for side in ("student", "teacher"):
         true, near = getattr(truth, side).state_dict(), getattr(plain, side).state_dict()
         errors, plain_errors, reach = (

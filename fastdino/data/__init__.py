@@ -60,7 +60,8 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 def crop_size_warning(source: Source, policy: CropPolicy) -> str | None:
     """What to tell the user if the global crops are more than twice as large as the images, else None.
 
-    Reads the headers of at most 64 images, spread evenly; unreadable ones are left out.
+    Reads the headers of at most 64 images, spread evenly; unreadable ones are left out. Raises ValueError if
+    the crops are more than eight times as large.
     """
     shorts = []
     for i in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int):
@@ -70,6 +71,12 @@ def crop_size_warning(source: Source, policy: CropPolicy) -> str | None:
             continue
     if not shorts or (short := statistics.median(shorts)) * 2 >= policy.global_crops_size:
         return None
+    if short * 8 < policy.global_crops_size:
+        raise ValueError(
+            f"--global-crops-size {policy.global_crops_size} makes no sense for images whose shorter side "
+            f"is {short:g} pixels (median of {len(shorts)}): lower it, --local-crops-size and --patch-size "
+            "to match"
+        )
     return (
         f"the images' shorter side is {short:g} pixels (median of {len(shorts)}), under half of the global "
         f"crops' {policy.global_crops_size}: lower --global-crops-size, --local-crops-size and "

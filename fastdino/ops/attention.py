@@ -1,12 +1,12 @@
-"""Softmax attention, softmax(q k^T / sqrt(d)) v over (B, heads, N, d), by whatever is fastest on the device."""
+"""Softmax attention, softmax(q k^T / sqrt(d)) v of q, k, v (B, heads, N, d), by the fastest way there is."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens up to which the weights are written out on a CPU in half precision. torch 2.15's fused CPU kernel takes
-# 43 ms for the backward of 128 images of 65 tokens (4 heads of 32, bf16, two AVX-512 cores), the plain form 4;
-# beyond some hundred tokens the plain form's N x N weights cost too much memory.
+# Tokens up to which the weights are written out on a CPU in half precision. torch 2.15's fused CPU kernel
+# takes 43 ms for the backward of 128 images of 65 tokens (4 heads of 32, bf16, two AVX-512 cores), the plain
+# form 4 ms. Beyond some hundred tokens the plain form's N x N weights cost too much memory.
 PLAIN_TOKENS = 256
 
 

@@ -1,0 +1,255 @@
+"""The sample images: reproducible, balanced, hard for raw pixels, and written whole or not at all."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdino.data import samples
+from fastdino.data.samples import CLASSES, draw_sample, render_samples
+
+N = 160
+
+
+@cache
+def drawn(split: str = "val", n: int = N) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images (n, 64, 64, 3) and masks (n, 64, 64) bool and labels (n,)."""
+    images, masks, labels = zip(*(draw_sample(0, split, i) for i in range(n)), strict=True)
+    return np.stack(images).astype(np.float32), np.stack(masks) > 0, np.array(labels)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_same_settings_give_the_same_bytes_and_the_seed_changes_every_image(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert render_samples(tmp_path / name, seed=seed, train=24, val=8)
+    a, b, c = (files(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a.keys() == c.keys()
+    assert not any(a[name] == c[name] for name in a if name.endswith(".jpg"))
+    images = [data for name, data in a.items() if name.endswith(".jpg")]
+    assert len(set(images)) == len(images)  # train and val share none either
+
+
+def test_a_sample_depends_on_seed_split_and_index_alone(tmp_path: Path) -> None:
+    """Not on how many samples there are, nor on which thread drew it after which."""
+    render_samples(tmp_path / "few", train=16, val=8)
+    render_samples(tmp_path / "more", train=40, val=16)
+    few, more = files(tmp_path / "few"), files(tmp_path / "more")
+    few.pop("samples.json")
+    assert few == {name: more[name] for name in few}
+
+
+def test_folders_hold_balanced_classes_and_train_holds_images_only(tmp_path: Path) -> None:
+    render_samples(tmp_path / "s", train=32, val=16, size=48)
+    for split, n in (("train", 4), ("val", 2)):
+        images = sorted(p.relative_to(tmp_path / "s" / split) for p in (tmp_path / "s" / split).rglob("*.*"))
+        assert images == [Path(c, f"{i:04d}.jpg") for c in CLASSES for i in range(n)]
+        masks = tmp_path / "s" / "masks" / split
+        found = sorted(p.relative_to(masks) for p in masks.rglob("*.*"))
+        assert found == [p.with_suffix(".png") for p in images]
+    with Image.open(tmp_path / "s/train/star/0001.jpg") as image:
+        assert (image.mode, image.size, image.format) == ("RGB", (48, 48), "JPEG")
+    with Image.open(tmp_path / "s/masks/train/star/0001.png") as mask:
+        assert (mask.mode, mask.size) == ("L", (48, 48))
+        assert set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_the_mask_covers_the_object_and_nothing_else() -> None:
+    """Object tones are redder than the ground's; the mask moved aside would tell them apart less well."""
+    images, masks, _ = drawn()
+    warmth = images[..., 0] / images.sum(-1)
+
+    def contrast(mask: np.ndarray) -> float:
+        outside = (warmth * ~mask).sum((1, 2)) / (~mask).sum((1, 2))
+        return float(((warmth * mask).sum((1, 2)) / mask.sum((1, 2)) - outside).min())
+
+    def right(mask: np.ndarray) -> float:
+        return float(((warmth > 0.36) == mask).mean())
+
+    assert contrast(masks) > 0.05  # in every single image
+    for axis, step in ((1, 3), (1, -3), (2, 3), (2, -3)):
+        assert right(masks) > right(np.roll(masks, step, axis)) + 0.02
+
+
+def test_the_object_has_the_stated_size_and_lies_inside() -> None:
+    _, masks, _ = drawn()
+    share = masks.mean((1, 2))
+    # all shapes have 1.9 times the squared radius; a tip may be cut off
+    low, high = (1.9 * r**2 for r in samples.RADIUS)
+    assert low * 0.93 < share.min()
+    assert share.max() < high * 1.05
+
+
+def test_place_size_and_rotation_vary() -> None:
+    _, masks, labels = drawn("train", 400)
+    middle = np.arange(64) - 31.5
+    weight = masks.sum((1, 2))
+    cx, cy = (masks.sum(axis) @ middle / weight for axis in (1, 2))
+    assert min(cx.std(), cy.std()) > 4
+    assert abs(cx.mean()) < 2
+    assert abs(cy.mean()) < 2
+    assert weight.max() > 2 * weight.min()
+    # the leaf's long axis, from second moments, covers the range of rotations
+    x, y = middle[None, None, :] - cx[:, None, None], middle[None, :, None] - cy[:, None, None]
+    xx, yy, xy = ((masks * m).sum((1, 2)) for m in (x * x, y * y, x * y))
+    tilt = (0.5 * np.arctan2(2 * xy, yy - xx))[labels == CLASSES.index("leaf")]
+    assert np.abs(tilt).max() <= samples.ROTATION + 0.1
+    assert np.histogram(tilt, 4, (-samples.ROTATION, samples.ROTATION))[0].min() >= 4
+
+
+def test_classes_share_tones_and_areas() -> None:
+    images, masks, labels = drawn("train", 400)
+    area = np.array([masks[labels == c].mean() for c in range(len(CLASSES))])
+    assert area.max() < 1.15 * area.min()
+    tone = np.array([images[labels == c].mean((0, 1, 2)) for c in range(len(CLASSES))])
+    assert np.ptp(tone, axis=0).max() < 8  # levels of 255
+
+
+def knn(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray) -> float:
+    """Accuracy of the vote of 20 neighbours weighted by exp(cosine / 0.07)."""
+    train, val = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, val))
+    similarity = val @ train.T
+    nearest = np.argsort(-similarity, axis=1)[:, :20]
+    votes = np.zeros((len(val), len(CLASSES)))
+    for i, row in enumerate(nearest):
+        np.add.at(votes[i], train_labels[row], np.exp(similarity[i, row] / 0.07))
+    return float((votes.argmax(1) == val_labels).mean())
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    small = images[:, 4:60, 4:60].reshape(-1, 28, 2, 28, 2, 3).mean((2, 4)) / 127.5 - 1
+    return small.reshape(len(small), -1)
+
+
+def test_raw_pixels_say_little_about_the_class() -> None:
+    (train, _, a), (val, _, b) = drawn("train", 800), drawn("val", 400)
+    assert knn(pixels(train), a, pixels(val), b) < 0.35
+    mean_colour = [x.mean((1, 2)) for x in (train, val)]
+    assert knn(mean_colour[0], a, mean_colour[1], b) < 0.25
+
+
+def test_a_finished_folder_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "samples"
+    assert render_samples(out, train=8, val=8)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert not render_samples(out, train=8, val=8)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    assert render_samples(tmp_path, train=8, val=8)
+    assert (tmp_path / "train" / "gear" / "0000.jpg").is_file()
+
+
+def _other_settings(out: Path) -> None:
+    render_samples(out, seed=3, train=16, val=8)
+
+
+def _other_version(out: Path) -> None:
+    render_samples(out, train=8, val=8)
+    settings = json.loads((out / "samples.json").read_text())
+    (out / "samples.json").write_text(json.dumps(settings | {"version": 0}))
+
+
+def _lost_file(out: Path) -> None:
+    render_samples(out, train=8, val=8)
+    (out / "masks/val/leaf/0000.png").unlink()
+
+
+def _own_pictures(out: Path) -> None:
+    out.mkdir()
+    (out / "holiday.jpg").write_bytes(b"mine")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (_other_settings, "other settings (seed 3 not 0, train 16 not 8): give another folder or delete it"),
+        (_other_version, "other settings (version 0 not 1)"),
+        (_lost_file, f"has lost {Path('masks/val/leaf/0000.png')}: delete"),
+        (_own_pictures, "holds other files: give a new or empty folder"),
+        (lambda out: out.write_text("text"), "is a file: give a new folder"),
+    ],
+)
+def test_anything_else_is_refused_and_left_alone(
+    tmp_path: Path, prepare: Callable[[Path], object], message: str
+) -> None:
+    out = tmp_path / "out"
+    prepare(out)
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match=re.escape(message)):
+        render_samples(out, train=8, val=8)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": 7}, "train 7: give 8 or more"),
+        ({"val": 0}, "val 0: give 8 or more"),
+        ({"size": 16}, "size 16: give 32 or more"),
+        ({"seed": -1}, "seed -1: give 0 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path: Path, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render_samples(tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_rendering_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int, split: str, index: int, size: int = 64) -> tuple[Image.Image, Image.Image, int]:
+        assert not (tmp_path / "out").exists()
+        if index == 9:
+            raise KeyboardInterrupt
+        return draw_sample(seed, split, index, size)
+
+    monkeypatch.setattr(samples, "draw_sample", fail)
+    with pytest.raises(KeyboardInterrupt):
+        render_samples(tmp_path / "out", train=16, val=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_renderings_at_once_the_second_keeps_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere"
+    render_samples(other, train=8, val=8)
+    calls = []
+
+    def draw(seed: int, split: str, index: int, size: int = 64) -> tuple[Image.Image, Image.Image, int]:
+        if not calls:
+            calls.append(index)
+            other.rename(tmp_path / "out")  # the other one finishes meanwhile
+        return draw_sample(seed, split, index, size)
+
+    monkeypatch.setattr(samples, "draw_sample", draw)
+    assert not render_samples(tmp_path / "out", train=8, val=8)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_says_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["samples", str(out), *arguments])
+        samples.main()
+
+    run("--train", "8", "--val", "8", "--seed", "2")
+    assert capsys.readouterr().out == f"{out}: 8 + 8 sample images rendered\n"
+    run("--train", "8", "--val", "8", "--seed", "2")
+    assert capsys.readouterr().out == f"{out}: 8 + 8 sample images are there already: kept\n"
+    with pytest.raises(SystemExit):
+        run("--train", "16", "--val", "8", "--seed", "2")
+    assert "train 8 not 16" in capsys.readouterr().err
