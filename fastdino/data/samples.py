@@ -170,7 +170,9 @@ def draw_sample(seed: int, split: str, index: int, size: int = SIZE) -> tuple[Im
         return where.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3), dtype=np.float32)
 
     lit, unlit = (share(inside & tone)[..., None] for tone in (light, ~light))
-    image = ground * (1 - lit - unlit) + lit * np.float32(LIGHT) + unlit * np.float32(DARK)
+    image = (
+        ground * (1 - lit - unlit) + lit * np.array(LIGHT, np.float32) + unlit * np.array(DARK, np.float32)
+    )
 
     # The light falls unevenly, and the sensor is not perfect.
     middle = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
