@@ -86,17 +86,17 @@ class CropPolicy:
         _check(
             self.local_crops_number >= 0, f"--local-crops-number {self.local_crops_number}: give 0 or more"
         )
-        _check(
-            self.local_crops_number == 0 or self.local_crops_size <= self.global_crops_size,
-            f"--local-crops-size {self.local_crops_size} is above --global-crops-size "
-            f"{self.global_crops_size}: local crops are the smaller ones",
-        )
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self, name)
             _check(
                 1 <= size <= 4096,
                 f"--{name.replace('_', '-')} {size}: a crop has 1 to 4096 pixels a side",
             )
+        _check(
+            self.local_crops_number == 0 or self.local_crops_size <= self.global_crops_size,
+            f"--local-crops-size {self.local_crops_size} is above --global-crops-size "
+            f"{self.global_crops_size}: local crops are the smaller ones",
+        )
 
     @property
     def n_global(self) -> int:

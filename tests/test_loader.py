@@ -269,18 +269,25 @@ def test_pieces_that_do_not_divide_the_batch_say_so(folder):
 def test_crops_far_larger_than_the_images_are_noted(folder, tmp_path):
     source = open_source(str(folder))
     assert crop_size_warning(source, replace(POLICY, global_crops_size=32)) is None
-    note = crop_size_warning(source, replace(POLICY, global_crops_size=224))
+    note = crop_size_warning(source, replace(POLICY, global_crops_size=96))
     assert note is not None
     shorts = sorted(min(source.load(i).size) for i in range(N))
     assert f"shorter side is {shorts[N // 2]:g} pixels (median of {N})" in note
-    assert "global crops' 224: lower --global-crops-size" in note
+    assert "global crops' 96: lower --global-crops-size" in note
     short = shorts[N // 2]
     assert crop_size_warning(source, replace(POLICY, global_crops_size=2 * short)) is None
     assert crop_size_warning(source, replace(POLICY, global_crops_size=2 * short + 1)) is not None
+    assert crop_size_warning(source, replace(POLICY, global_crops_size=8 * short)) is not None
+    with pytest.raises(
+        ValueError, match=rf"--global-crops-size {8 * short + 1} makes no sense .* {short:g} pixels"
+    ):
+        crop_size_warning(source, replace(POLICY, global_crops_size=8 * short + 1))
 
 
 def test_a_note_on_sizes_does_without_unreadable_files(holed, tmp_path_factory):
-    assert "median of 23" in crop_size_warning(open_source(str(holed)), CropPolicy())  # headers are whole
+    assert "median of 23" in crop_size_warning(
+        open_source(str(holed)), CropPolicy(global_crops_size=128)
+    )  # headers are whole
     (holed / "list.txt").write_text("missing.png\n")
     assert crop_size_warning(open_source(str(holed / "list.txt")), CropPolicy()) is None
 

@@ -476,7 +476,9 @@ def dino_loss(
     _check(student, teacher, center, temps, pair_weights, impl)
     dtype, device = _accumulator(student, teacher), student.device
     # numbers stay on the CPU: a copy to the GPU would wait for it
-    numbers = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu") for t in temps.values())
+    numbers = (
+        t if isinstance(t, Tensor) else torch.tensor(t, dtype=dtype, device="cpu") for t in temps.values()
+    )
     loss, _, _, teacher_mean = _dino_loss(
         student,
         teacher.detach(),
