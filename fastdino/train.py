@@ -213,9 +213,8 @@ def train(config: Config) -> dict[str, Any]:
             batches = iter(loader)
             warmup = optim.warmup_steps(cfg, steps_per_epoch)
             milestone = config.run.keep_every_epochs * steps_per_epoch
-            history = torch.zeros(
-                config.run.log_every, 2, device=device
-            )  # loss and gradient norm, read when logging
+            # Loss and gradient norm of each step since the last log line, read when logging.
+            history = torch.zeros(config.run.log_every, 2, device=device)
             since: list[tuple[int, float, list[Tensor]]] = []  # step, lr and images of each row of it
             values: dict[str, Any] = (read_metrics(out) or [{}])[-1] if start == total else {}
             in_a_row, waited, paused, began = 0, 0.0, 0.0, time.perf_counter()
@@ -283,7 +282,8 @@ def train(config: Config) -> dict[str, Any]:
 
                 # What a person sees: the only place that waits for the device.
                 done = step + 1
-                save_due = done == total or done % config.run.save_every == 0 or bool(caught)
+                stopping = bool(caught)  # looked at once: a later signal waits for the next step's save
+                save_due = done == total or done % config.run.save_every == 0 or stopping
                 save_due |= bool(milestone) and done % milestone == 0
                 if done % config.run.log_every == 0 or last_of_epoch or save_due:
                     rows = history[: len(since)].tolist()
@@ -318,7 +318,7 @@ def train(config: Config) -> dict[str, Any]:
                     }
                     every = config.run.knn_every_epochs
                     due = every and last_of_epoch and ((epoch + 1) % every == 0 or done == total)
-                    if due and source.labels is not None and not caught:
+                    if due and source.labels is not None and not stopping:
                         values |= evaluate()
                     monitor.record(done, values)
                     monitor.progress(done, values | {"batch_size": cfg.batch_size})
@@ -335,7 +335,7 @@ def train(config: Config) -> dict[str, Any]:
                     pause = time.perf_counter()
                     save(done)
                     paused += time.perf_counter() - pause
-                if caught and done < total:
+                if stopping and done < total:
                     raise Interrupted(
                         caught[0], f"saved {out} at step {done} of {total}; the same command continues it"
                     )

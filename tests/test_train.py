@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdino import checkpoint, train
 from fastdino.config import Config
 from fastdino.dino import DINO
-from fastdino.monitor import read_metrics
+from fastdino.monitor import Monitor, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,21 @@ train(make_config(images, out, epochs=200, save_every=2, workers=1))
     assert max(checkpoint.checkpoints(tmp_path / "killed")) == saved + 3
     steps = [m["step"] for m in read_metrics(tmp_path / "killed")]
     assert steps == list(range(1, saved + 4))  # no step twice, none lost
+
+
+def test_a_signal_between_log_and_save_still_saves(images: Path, tmp_path: Path) -> None:
+    original = Monitor.record
+
+    def record(self: Monitor, step: int, values: dict[str, Any]) -> None:
+        original(self, step, values)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "record", record)
+        with pytest.raises(train.Interrupted, match="at step 2 of 4"):
+            train.train(make_config(images, tmp_path, epochs=2))
+    assert list(checkpoint.checkpoints(tmp_path)) == [2]
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(images: Path, tmp_path: Path) -> None:
