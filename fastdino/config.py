@@ -375,7 +375,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 bottleneck_dim=128,
             ),
             method=MethodConfig(momentum_teacher=0.99),
-            optim=OptimConfig(epochs=7, warmup_epochs=1, lr=5e-3),
+            optim=OptimConfig(epochs=9, warmup_epochs=1, lr=5e-3),
             run=RunConfig(save_every=200, knn_every_epochs=3),
         ),
     ),
