@@ -190,8 +190,11 @@ class MethodConfig:
     warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the
     run."""
+    centering: Literal["ema", "sinkhorn"] = "ema"
+    """What keeps the teacher from collapsing to one prototype: a centre that follows its outputs, or
+    Sinkhorn-Knopp on each batch (on each piece of it with --accumulate)."""
     center_momentum: float = 0.9
-    """Momentum of the centre subtracted from the teacher's outputs."""
+    """Momentum of the centre subtracted from the teacher's outputs (centering ema)."""
     momentum_teacher: float = 0.996
     """Teacher momentum at the start; rises to 1 along a cosine. Small batches want more: 0.9995 at 256."""
     teacher_update: Literal["momentum", "previous_epoch", "previous_iteration", "student_copy"] = "momentum"

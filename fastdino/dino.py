@@ -106,6 +106,7 @@ class DINO(nn.Module):
             config.optim.epochs,
             method.student_temp,
             method.center_momentum,
+            method.centering,
         )
         self.teacher_update = method.teacher_update
 
@@ -126,8 +127,8 @@ class DINO(nn.Module):
         with torch.no_grad():
             teacher_output = self.teacher(crops[: self.n_global])
         student_output = self.student(crops)
-        loss = self.loss.cross_entropy(student_output, teacher_output, epoch)
-        return loss, teacher_output.float().mean(dim=0)
+        # these logits have no other reader: the last layer's backward needs its input alone
+        return self.loss.cross_entropy(student_output, teacher_output, epoch, inplace_backward=True)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, new_epoch: bool = False) -> None:

@@ -1,5 +1,7 @@
 """DINOLoss: the teacher's centre and temperature schedule around `ops.dino_loss` (paper, section 3.1)."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ class DINOLoss(nn.Module):
     center <- m center + (1 - m) mean(teacher rows), averaged over the ranks if a process group exists; none
     is needed.
 
+    With `centering="sinkhorn"` the centre is instead the one that Sinkhorn-Knopp finds for each call's
+    teacher rows, of all ranks together, with which all prototypes are used alike (paper, table 7); the buffer
+    `center` stays as it is.
+
     Args:
         out_dim: K, prototypes.
         ncrops: S, student crops per image, the two global ones first.
@@ -26,9 +32,11 @@ class DINOLoss(nn.Module):
         nepochs: epochs of the run.
         student_temp: student temperature.
         center_momentum: m.
+        centering: "ema", or "sinkhorn" with three iterations.
 
     Raises:
-        ValueError: a size or temperature that is not positive, or a warm-up longer than the run.
+        ValueError: a size or temperature that is not positive, a warm-up longer than the run, or an unknown
+            centering.
     """
 
     center: Tensor  # (1, K) float32, not trained, saved
@@ -43,6 +51,7 @@ class DINOLoss(nn.Module):
         nepochs: int,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        centering: Literal["ema", "sinkhorn"] = "ema",
     ) -> None:
         super().__init__()
         if out_dim < 1:
@@ -63,6 +72,9 @@ class DINOLoss(nn.Module):
                 raise ValueError(f"{name} is {value}: a temperature is above 0")
         if not 0 <= center_momentum <= 1:
             raise ValueError(f"center_momentum is {center_momentum}: a momentum lies between 0 and 1")
+        if centering not in ("ema", "sinkhorn"):
+            raise ValueError(f"centering is {centering!r}: give ema or sinkhorn")
+        self.centering = centering
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.ncrops = ncrops
@@ -89,12 +101,18 @@ class DINOLoss(nn.Module):
             ValueError: shapes that do not fit one another or the constructor, or an epoch outside the
                 schedule.
         """
-        loss = self.cross_entropy(student_output, teacher_output, epoch)
-        self.update_center(teacher_output)
+        loss, teacher_mean = self.cross_entropy(student_output, teacher_output, epoch)
+        self.update_center(teacher_mean)
         return loss
 
-    def cross_entropy(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The loss of `forward`, leaving the centre as it is."""
+    def cross_entropy(
+        self, student_output: Tensor, teacher_output: Tensor, epoch: int, *, inplace_backward: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of `forward`, leaving the centre as it is, and the mean (K,) of the teacher's rows.
+
+        The mean comes out of the loss's pass over them and is for `update_center`. `inplace_backward` writes
+        the gradient over `student_output`, which nobody may read after the loss (see `ops.dino_loss`).
+        """
         out_dim, last = self.center.shape[1], len(self.teacher_temp_schedule) - 1
         given = f"student_output {tuple(student_output.shape)}, teacher_output {tuple(teacher_output.shape)}"
         if student_output.dim() != 2 or teacher_output.dim() != 2:
@@ -108,16 +126,29 @@ class DINOLoss(nn.Module):
             )
         if not 0 <= epoch <= last:
             raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")
-        return ops.dino_loss(
+        teacher_temp = float(self.teacher_temp_schedule[epoch])
+        if self.centering == "sinkhorn":
+            center = ops.sinkhorn_center(teacher_output, teacher_temp)
+        else:
+            center = self.center[0].clone()  # the backward reads it, perhaps after update_center has written
+        loss, teacher_mean = ops.dino_loss(
             student_output.unflatten(0, (self.ncrops, images)),
             teacher_output.detach().unflatten(0, (2, images)),
-            self.center[0].clone(),  # the backward reads it, and may come after update_center has written
+            center,
             student_temp=self.student_temp,
-            teacher_temp=float(self.teacher_temp_schedule[epoch]),
+            teacher_temp=teacher_temp,
+            inplace_backward=inplace_backward,
+            return_teacher_mean=True,
         )
+        return loss, teacher_mean
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
-        """center <- m center + (1 - m) mean of `teacher_output` (rows, K) over rows and ranks."""
-        batch = mean_over_ranks_(teacher_output.to(self.center.dtype).mean(dim=0, keepdim=True))
-        self.center.lerp_(batch, 1 - self.center_momentum)
+        """center <- m center + (1 - m) mean of `teacher_output` (..., K) over all but K, and over ranks.
+
+        Does nothing where the centre is Sinkhorn's.
+        """
+        if self.centering == "ema":
+            rows = teacher_output.to(self.center.dtype).reshape(-1, self.center.shape[1])
+            batch = mean_over_ranks_(rows.mean(dim=0, keepdim=True))
+            self.center.lerp_(batch, 1 - self.center_momentum)

@@ -21,6 +21,7 @@ SIZES = {"V": 10, "G": 2, "G_PADDED": 2, "K": 65536, "TILE": dino_loss_triton._t
 FLAGS = {
     "ALIGNED": True,
     "BLOCK": ema_triton.BLOCK,
+    "COPY": True,
     "MOMENTUM_ON_DEVICE": False,
     "TEMPS_ON_DEVICE": False,
     "WEIGHTS_GIVEN": False,
@@ -40,6 +41,8 @@ def signature(kernel: triton.JITFunction, logits: str) -> tuple[dict[str, str], 
             types[name] = f"*{logits}"
         elif name in ("student_temp", "teacher_temp", "momentum"):
             types[name] = "fp32"
+        elif name == "copy":
+            types[name] = "*bf16"
         elif name == "table":
             types[name] = "*i64"
         elif name in ("B", "group", "groups", "tiles") or name.endswith(("_crop", "_image")):

@@ -75,6 +75,21 @@ def test_teacher_mean_is_over_images_and_global_crops() -> None:
     assert torch.equal(dino.loss.center, torch.zeros(1, 96))  # left to the caller
 
 
+def test_backward_takes_the_memory_of_the_students_logits() -> None:
+    dino, crops, kept = make_dino(drop_path_rate=0.0), make_crops(), []
+    dino.student.head.register_forward_hook(lambda *args: kept.append(args[-1]))
+    loss, _ = dino(crops, 0)
+    (logits,) = kept
+    logits.register_hook(lambda grad: kept.append(grad))
+    loss.backward()
+    assert kept[1].data_ptr() == logits.data_ptr()
+    twin = make_dino(drop_path_rate=0.0)
+    expected = twin.loss.cross_entropy(twin.student(crops), twin.teacher(crops[:2]), 0)[0]
+    expected.backward()
+    for p, q in zip(dino.student.parameters(), twin.student.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+
+
 def test_gradient_reaches_every_student_parameter_that_trains() -> None:
     dino = make_dino(drop_path_rate=0.0, norm_last_layer=False)
     perturb(dino.teacher)  # from equal networks on equal crops some gradients vanish

@@ -181,12 +181,45 @@ def test_cross_entropy_leaves_the_centre_and_update_center_moves_it_as_forward_d
     for each in (loss, other):
         each.center.normal_(generator=torch.Generator().manual_seed(1))
     before = loss.center.clone()
-    value = loss.cross_entropy(student, teacher, 2)
+    value, mean = loss.cross_entropy(student, teacher, 2)
     assert torch.equal(loss.center, before)
-    loss.update_center(teacher)
+    loss.update_center(mean)
     assert torch.equal(value, other(student, teacher, 2))
     assert torch.equal(loss.center, other.center)
     assert not torch.equal(loss.center, before)
+    twin = DINOLoss(**ARGUMENTS)
+    twin.center.copy_(before)
+    twin.update_center(teacher)  # the rows themselves do as well, as for official DINO's
+    torch.testing.assert_close(twin.center, loss.center)
+
+
+def balanced(teacher: Tensor, temp: float) -> Tensor:
+    """The textbook's three iterations of Sinkhorn-Knopp: assignments (N, K)."""
+    q = torch.exp(teacher / temp)
+    for _ in range(3):
+        q = q / q.sum(0) / q.shape[1]
+        q = q / q.sum(1, keepdim=True) / len(q)
+    return q * len(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sinkhorn_balances_the_teachers_rows_and_leaves_the_centre(dtype):
+    loss, (student, teacher) = DINOLoss(**ARGUMENTS, centering="sinkhorn"), logits(dtype)
+    value, grad = run(lambda s: loss(s, teacher, 5), student)
+    q = balanced(teacher.double(), 0.06).chunk(2)
+
+    def by_pairs(s: Tensor) -> Tensor:
+        log_p = F.log_softmax(s / 0.1, -1).chunk(NCROPS)
+        pairs = [(g, v) for g in range(2) for v in range(NCROPS) if v != g]
+        return torch.stack([-(q[g] * log_p[v]).sum(-1) for g, v in pairs])
+
+    terms, expected = run(by_pairs, student.double())
+    exact = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {}
+    torch.testing.assert_close(value.double(), terms.mean(), **(exact or {"rtol": 1e-5, "atol": 0}))
+    half = {"rtol": 0.01, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-7}
+    torch.testing.assert_close(grad.double(), expected, **(exact or half))
+    assert not loss.center.any()
+    assert loss.state_dict().keys() == {"center"}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +332,7 @@ def test_constructor_takes_official_dinos_arguments_in_its_order():
         ({"warmup_teacher_temp": 0.0}, "warmup_teacher_temp is 0.0: a temperature is above 0"),
         ({"teacher_temp": -0.04}, "teacher_temp is -0.04: a temperature is above 0"),
         ({"student_temp": float("nan")}, "student_temp is nan: a temperature is above 0"),
+        ({"centering": "none"}, "centering is 'none': give ema or sinkhorn"),
         ({"center_momentum": 1.5}, "center_momentum is 1.5: a momentum lies between 0 and 1"),
     ],
 )

@@ -11,66 +11,87 @@ from torch import Tensor, nn
 from fastdino.ops import native
 
 
-def ema_ref_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor) -> None:
-    """Lerp in one foreach call where all tensors are alike, one by one where they are not."""
+def ema_ref_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: Tensor
+) -> None:
+    """Lerp in one foreach call where all are alike, one by one where they are not; then the copies."""
     alike = {(x.dtype, x.device) for x in (*teacher, *student)}
     if len(alike) == 1 and momentum.device.type == "cpu":
         torch._foreach_lerp_(list(teacher), list(student), 1 - momentum.item())
-        return
-    for t, s in zip(teacher, student, strict=True):
-        wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-        t.copy_(torch.lerp(t.to(wide), s.to(t.device, wide), (1 - momentum).to(t.device, wide)))
+    else:
+        for t, s in zip(teacher, student, strict=True):
+            wide = torch.float64 if t.dtype == torch.float64 else torch.float32
+            t.copy_(torch.lerp(t.to(wide), s.to(t.device, wide), (1 - momentum).to(t.device, wide)))
+    if copies:
+        torch._foreach_copy_(list(copies), list(teacher))
 
 
 POINTER = ctypes.c_void_p
-CPU_ARGUMENTS = (POINTER, POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+CPU_ARGUMENTS = (POINTER, POINTER, POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
 
 
-def ema_cpu_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor) -> None:
+def ema_cpu_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: Tensor
+) -> None:
     """`ema_ref_` by kernels/ema.cpp, for contiguous float32 and bfloat16 tensors."""
-    n, total = len(teacher), sum(t.numel() for t in teacher)
-    pairs = list(zip(teacher, student, strict=True))
-    half = [(t.dtype == torch.bfloat16) + 2 * (s.dtype == torch.bfloat16) for t, s in pairs]
+    n, sizes = len(teacher), [t.numel() for t in teacher]
+    half = [
+        (t.dtype == torch.bfloat16) + 2 * (s.dtype == torch.bfloat16)
+        for t, s in zip(teacher, student, strict=True)
+    ]
+    pointers = [(POINTER * n)(*map(Tensor.data_ptr, side)) for side in (teacher, student, copies) if side]
     tables = (
-        (ctypes.c_void_p * n)(*(t.data_ptr() for t in teacher)),
-        (ctypes.c_void_p * n)(*(s.data_ptr() for s in student)),
-        (ctypes.c_int64 * n)(*(t.numel() for t in teacher)),
+        *pointers,
+        *(() if copies else (None,)),
+        (ctypes.c_int64 * n)(*sizes),
         (ctypes.c_int32 * n)(*half),
     )
     native.kernel("ema", CPU_ARGUMENTS)(
-        *(ctypes.addressof(table) for table in tables),
+        *tables,
         n,
         1 - momentum.item(),
         # below some ten microseconds of work a second thread costs more than it does
-        torch.get_num_threads() if total > 65536 else 1,
+        torch.get_num_threads() if sum(sizes) > 65536 else 1,
     )
 
 
-@torch.library.custom_op("fastdino::ema_", mutates_args=("teacher",))
-def _ema_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor, impl: str) -> None:
+@torch.library.custom_op("fastdino::ema_", mutates_args=("teacher", "copies"))
+def _ema_(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    momentum: Tensor,
+    impl: str,
+) -> None:
     """Each group of tensors that one launch can take; what the kernels do not cover goes to `ema_ref_`."""
-    groups: dict[tuple[object, ...] | None, tuple[list[Tensor], list[Tensor]]] = {}
-    for t, s in zip(teacher, student, strict=True):
+    groups: dict[object, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for t, s, c in zip(teacher, student, copies or teacher, strict=True):
         if not t.numel():
             continue
-        dense = t.is_contiguous() and s.is_contiguous() and t.device == s.device
-        key: tuple[object, ...] | None = None
-        if impl == "cpu" and dense and {t.dtype, s.dtype} <= {torch.float32, torch.bfloat16}:
-            key = ()
+        dense = t.is_contiguous() and s.is_contiguous() and c.is_contiguous() and t.device == s.device
+        key: object = None
+        if impl == "cpu" and dense and t.dtype in CPU_DTYPES and s.dtype in CPU_DTYPES:
+            key = impl
         if impl == "triton" and dense and torch.float64 not in (t.dtype, s.dtype):
-            key = (t.dtype, s.dtype, t.device, t.data_ptr() % 64 == s.data_ptr() % 64 == 0)
-        ts, ss = groups.setdefault(key, ([], []))
+            aligned = t.data_ptr() % 64 == s.data_ptr() % 64 == c.data_ptr() % 64 == 0
+            key = (t.dtype, s.dtype, t.device, aligned)
+        if key not in groups:
+            groups[key] = [], [], []
+        ts, ss, cs = groups[key]
         ts.append(t)
         ss.append(s)
-    for key, (ts, ss) in groups.items():
+        if copies:
+            cs.append(c)
+    for key, (ts, ss, cs) in groups.items():
         if key is None:
-            ema_ref_(ts, ss, momentum)
+            ema_ref_(ts, ss, cs, momentum)
         elif impl == "cpu":
-            ema_cpu_(ts, ss, momentum)
+            ema_cpu_(ts, ss, cs, momentum)
         else:
             from fastdino.ops.ema_triton import ema_triton_
 
-            ema_triton_(ts, ss, momentum)
+            ema_triton_(ts, ss, cs, momentum)
 
 
 @torch.compiler.assume_constant_result
@@ -102,7 +123,7 @@ def _cannot(impl: str, device: torch.device) -> str:
 
 def _local(x: Tensor) -> Tensor:
     # a DTensor is averaged shard by shard, without communication
-    return x.to_local() if hasattr(x, "to_local") else x
+    return x if type(x) in (Tensor, nn.Parameter) or not hasattr(x, "to_local") else x.to_local()
 
 
 def _plain(name: str) -> str:
@@ -123,28 +144,26 @@ def _buffers(x: nn.Module | Iterable[Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _matched(
-    teacher: list[tuple[str, Tensor]], student: list[tuple[str, Tensor]]
+    teacher: list[tuple[str, Tensor]], student: list[tuple[str, Tensor]], what: str = "student"
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, teacher's and student's tensor of each pair; ValueError at the first that does not match."""
+    """Name, teacher's and the other's tensor of each pair; ValueError at the first that does not match."""
     for (name, t), (other, s) in zip(teacher, student, strict=False):
         if name != other:
             raise ValueError(
-                f"teacher has {name} where student has {other}: give two of the same architecture"
+                f"teacher has {name} where {what} has {other}: give two of the same architecture"
             )
         if t.shape != s.shape:
             raise ValueError(
-                f"{name} has shape {tuple(t.shape)} in the teacher, {tuple(s.shape)} in the student"
+                f"{name} has shape {tuple(t.shape)} in the teacher, {tuple(s.shape)} in the {what}"
             )
         if t is s or (t.numel() and t.untyped_storage()._cdata == s.untyped_storage()._cdata):
             raise ValueError(
-                f"{name} of teacher and student share memory: make the teacher with copy.deepcopy"
+                f"{name} of teacher and {what} share memory: make the teacher with copy.deepcopy"
             )
     if len(teacher) != len(student):
-        longer, side = (teacher, "teacher") if len(teacher) > len(student) else (student, "student")
+        longer, side = (teacher, "teacher") if len(teacher) > len(student) else (student, what)
         name = longer[min(len(teacher), len(student))][0]
-        raise ValueError(
-            f"only the {side} has {name}: teacher {len(teacher)} tensors, student {len(student)}"
-        )
+        raise ValueError(f"only the {side} has {name}: teacher {len(teacher)} tensors, {what} {len(student)}")
     return [(name, t, s) for (name, t), (_, s) in zip(teacher, student, strict=True)]
 
 
@@ -155,6 +174,7 @@ def ema_(
     momentum: float | Tensor,
     *,
     buffers: Literal["keep", "copy", "average"] = "keep",
+    bf16_copy: nn.Module | Iterable[Tensor] | None = None,
     impl: str = "auto",
 ) -> None:
     """Move the teacher towards the student, in place: t = momentum * t + (1 - momentum) * s.
@@ -166,6 +186,8 @@ def ema_(
         momentum: a number in [0, 1], or a tensor of one element (on the GPU: no synchronisation).
         buffers: of modules, "keep" the teacher's as in official DINO, "copy" the student's, or "average" them
             like parameters and copy those that are not floating point.
+        bf16_copy: bfloat16 module or tensors, matching the teacher's parameters, that the same pass sets to
+            the new teacher, for a forward in bfloat16 that casts nothing.
         impl: "auto", "torch", "cpu" (C++: float32 and bfloat16) or "triton" (CUDA GPU: not float64). What a
             kernel does not cover, and what is not contiguous, takes the plain form.
 
@@ -185,22 +207,29 @@ def ema_(
         momentum = torch.tensor(momentum, dtype=torch.float64, device="cpu")
     elif momentum.numel() != 1:
         raise ValueError(f"momentum has shape {tuple(momentum.shape)}: give one number")
-    averaged = _matched(_parameters(teacher), _parameters(student))
-    copied: list[tuple[str, Tensor, Tensor]] = []
-    for name, t, s in averaged:
+    parameters = _matched(_parameters(teacher), _parameters(student))
+    for name, t, s in parameters:
         if not (t.is_floating_point() and s.is_floating_point()):
             raise ValueError(
                 f"{name} is {t.dtype} in the teacher, {s.dtype} in the student: give floating point"
             )
-    if buffers != "keep":
-        for pair in _matched(_buffers(teacher), _buffers(student)):
-            average = buffers == "average" and pair[1].is_floating_point()
-            (averaged if average else copied).append(pair)
-    if averaged:
-        device = averaged[0][1].device
+    copies: list[Tensor] = []
+    if bf16_copy is not None:
+        for name, _, copy in _matched(_parameters(teacher), _parameters(bf16_copy), "bf16_copy"):
+            if copy.dtype != torch.bfloat16:
+                raise ValueError(f"{name} of bf16_copy is {copy.dtype}: give bfloat16")
+            copies.append(copy)
+    given = [] if buffers == "keep" else _matched(_buffers(teacher), _buffers(student))
+    averaged = [pair for pair in given if buffers == "average" and pair[1].is_floating_point()]
+    for pairs, targets in ((parameters, copies), (averaged, [])):
+        if not pairs:
+            continue
+        device = pairs[0][1].device
         chosen = choose(device)[0] if impl == "auto" else impl
         if why := _cannot(chosen, device):
             raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
-        _ema_([t for _, t, _ in averaged], [s for _, _, s in averaged], momentum.detach().reshape(()), chosen)
-    for _, t, s in copied:
-        t.copy_(s)
+        _, ts, ss = map(list, zip(*pairs, strict=True))
+        _ema_(ts, ss, targets, momentum.detach().reshape(()), chosen)
+    for _, t, s in given:
+        if buffers == "copy" or not t.is_floating_point():
+            t.copy_(s)

@@ -29,56 +29,72 @@ def _lerp(t, s, weight):
 def ema_kernel(
     teacher,  # first tensor of the teacher's; the others lie at offsets from it
     student,
-    table,  # (blocks, 3) teacher's offset, student's offset, elements
+    copy,  # bfloat16, set to the new teacher if COPY
+    table,  # (blocks, 4) teacher's offset, student's offset, copy's offset, elements
     momentum,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    COPY: tl.constexpr,
     MOMENTUM_ON_DEVICE: tl.constexpr,
 ):
-    row = table + tl.program_id(0).to(tl.int64) * 3
-    teacher_at, student_at, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    row = table + tl.program_id(0).to(tl.int64) * 4
+    teacher_at, student_at, copy_at, count = (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+    )
     if ALIGNED:  # a promise that makes 16-byte accesses of it
         teacher_at, student_at = tl.multiple_of(teacher_at, 16), tl.multiple_of(student_at, 16)
+        copy_at = tl.multiple_of(copy_at, 16)
     i = tl.arange(0, BLOCK)
-    t, s = teacher + teacher_at + i, student + student_at + i
+    t, s, c = teacher + teacher_at + i, student + student_at + i, copy + copy_at + i
     weight = 1 - (tl.load(momentum) if MOMENTUM_ON_DEVICE else momentum)
     weight = weight.to(tl.float32)
     dtype = teacher.dtype.element_ty
     if count == BLOCK:  # a mask of unknown length would split the accesses
-        tl.store(t, _lerp(tl.load(t), tl.load(s), weight).to(dtype))
+        updated = _lerp(tl.load(t), tl.load(s), weight)
+        tl.store(t, updated.to(dtype))
+        if COPY:
+            tl.store(c, updated.to(tl.bfloat16))
     else:
         inside = i < count
         updated = _lerp(tl.load(t, mask=inside, other=0.0), tl.load(s, mask=inside, other=0.0), weight)
         tl.store(t, updated.to(dtype), mask=inside)
+        if COPY:
+            tl.store(c, updated.to(tl.bfloat16), mask=inside)
 
 
 @functools.lru_cache(maxsize=16)
 def _table(
-    pairs: tuple[tuple[int, int, int], ...], sizes: tuple[int, int], device: torch.device
+    tensors: tuple[tuple[int, int, int, int], ...], sizes: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, bool]:
-    """The table for (address, address, elements) of tensors, and whether all offsets are multiples of 16."""
+    """The table for (address, address, address, elements), and whether all offsets are multiples of 16."""
     rows = []
-    for teacher, student, count in pairs:
-        t, s = (teacher - pairs[0][0]) // sizes[0], (student - pairs[0][1]) // sizes[1]
-        rows += [(t + i, s + i, min(BLOCK, count - i)) for i in range(0, count, BLOCK)]
-    aligned = all(t % 16 == 0 and s % 16 == 0 for t, s, _ in rows)
+    for *addresses, count in tensors:
+        at = [(a - b) // size for a, b, size in zip(addresses, tensors[0], sizes, strict=False)]
+        rows += [(*(x + i for x in at), min(BLOCK, count - i)) for i in range(0, count, BLOCK)]
+    aligned = all(x % 16 == 0 for row in rows for x in row[:3])
     return torch.tensor(rows, dtype=torch.int64, device=device), aligned
 
 
-def ema_triton_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor) -> None:
+def ema_triton_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: Tensor
+) -> None:
     """`ema_ref_` for contiguous tensors of one device and, on each side, one dtype. One launch."""
-    pairs = tuple((t.data_ptr(), s.data_ptr(), t.numel()) for t, s in zip(teacher, student, strict=True))
-    first = teacher[0]
-    table, aligned = _table(pairs, (first.element_size(), student[0].element_size()), first.device)
+    sides = (teacher, student, copies or teacher)
+    tensors = tuple((*(x.data_ptr() for x in one), one[0].numel()) for one in zip(*sides, strict=True))
+    first = [side[0] for side in sides]
+    table, aligned = _table(tensors, tuple(x.element_size() for x in first), first[0].device)
     on_device = momentum.device.type != "cpu"
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(first[0]):
         ema_kernel[(len(table),)](
-            first,
-            student[0],
+            *first,
             table,
             momentum if on_device else momentum.item(),
             BLOCK=BLOCK,
             ALIGNED=aligned,
+            COPY=bool(copies),
             MOMENTUM_ON_DEVICE=on_device,
             num_warps=WARPS,
             enable_fp_fusion=True,
