@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t TILE = 4096;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr int MAX_TEACHERS = 64;
 constexpr int64_t STREAM_ABOVE = 16 << 20;  // bytes of gradient that no cache would keep for the next reader
 
 struct Sizes {
@@ -35,7 +34,7 @@ struct Next {
     int64_t element;
     template <class T>
     explicit Next(const T* p) : row(reinterpret_cast<const char*>(p)), element(sizeof(T)) {}
-    void prefetch(int64_t i) const { __builtin_prefetch(row + i * element); }
+    void prefetch(int64_t i) const { __builtin_prefetch(row + i * element, 0, 2); }
 };
 
 // Partial results; the tile is the last axis.
@@ -46,7 +45,7 @@ struct Partial {
     float *column_sum, *center;        // (tiles * TILE,), padded to whole vectors
     float* scratch;                    // (threads, scratch_size)
     static int64_t size(const Sizes& s) { return s.tiles() * (s.B * (2 * s.V + 2 * s.G + s.V * s.G) + 2 * TILE); }
-    static int64_t scratch_size(const Sizes& s) { return (s.G + 1) * TILE + s.tiles(); }
+    static int64_t scratch_size(const Sizes& s) { return (s.G + 2) * TILE + s.tiles(); }
     Partial(float* p, const Sizes& s) {
         const int64_t rows = s.B * s.tiles();
         student_top = p;
@@ -238,31 +237,46 @@ inline void dispatch(int half, F run) {
     }
 }
 
-template <class S>
-inline void zero_row(
-    S* out, const S*, int64_t n, float, float, float, float, const float* const*, const float*, int, float, Next
-) {
-    memset(out, 0, n * sizeof(S));
+inline bool no_pair(const float* weight, int64_t G) {
+    for (int64_t g = 0; g < G; g++)
+        if (weight[g] != 0) return false;
+    return true;
 }
 
-// One row of the gradient: (own * p - sum of N (else `count`) weighted q) * scale.
-template <int N, bool STREAM, class S>
+// Weighted sum of the teacher's rows q of a tile.
+inline void combine(float* sum, const float* q, const float* weight, int64_t G) {
+    bool first = true;
+    for (int64_t g = 0; g < G; g++) {
+        const float w = weight[g];
+        if (w == 0) continue;  // a pair that is left out may hold NaN
+        const float* row = q + g * TILE;
+        if (first)
+            for (int64_t i = 0; i < TILE; i += W) store(sum + i, w * load(row + i));
+        else
+            for (int64_t i = 0; i < TILE; i += W) store(sum + i, load(sum + i) + w * load(row + i));
+        first = false;
+    }
+}
+
+// One row of the gradient: own * p - taught.
+template <bool STREAM, class S>
 inline void gradient_row(
-    S* out, const S* p, int64_t n, float top, float temp_scale, float log2_sum, float own, const float* const* q,
-    const float* weight, int count, float scale, Next next
+    S* out, const S* p, int64_t n, float top, float temp_scale, float log2_sum, float own, const float* taught,
+    Next next
 ) {
-    each(p, n, [&](vf x, int64_t i) {
+    const auto gradient = [&](vf x, int64_t i) {
+        return own * pow2((x - top) * temp_scale - log2_sum) - load(taught + i);
+    };
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
         next.prefetch(i);
-        vf y = own * pow2((x - top) * temp_scale - log2_sum);
-        for (int g = 0; g < (N ? N : count); g++) y -= weight[g] * load(q[g] + i);
-        y *= scale;
-        if (i + W > n)
-            store_part(out + i, y, n - i);
-        else if (STREAM)
+        const vf y = gradient(load(p + i), i);
+        if (STREAM)
             stream(out + i, y);
         else
             store(out + i, y);
-    });
+    }
+    if (i < n) store_part(out + i, gradient(load_part(p + i, n - i), i), n - i);
 }
 
 template <bool STREAM, class S, class T>
@@ -280,29 +294,24 @@ void backward_tile(
         const float top = teacher_stats[g * s.B + b], log2_sum = teacher_stats[(s.G + g) * s.B + b] * LOG2E;
         each(teacher.at(g, b, k), n, [&](vf t, int64_t i) {
             next.prefetch(i);
-            store(q + g * TILE + i, pow2((t - load(c + i) - top) * teacher_scale - log2_sum));
+            store(q + g * TILE + i, scale * pow2((t - load(c + i) - top) * teacher_scale - log2_sum));
         });
     }
+    float* taught = q + s.G * TILE;
     for (int64_t v = 0; v < s.V; v++) {
-        const float* rows[MAX_TEACHERS];
-        float weight[MAX_TEACHERS], own = 0;
-        int count = 0;
-        for (int64_t g = 0; g < s.G; g++) {
-            const float w = weights[v * s.G + g];
-            if (w == 0) continue;  // a pair that is left out may hold NaN
-            rows[count] = q + g * TILE;
-            weight[count++] = w;
-            own += w;
-        }
+        const float* weight = weights + v * s.G;
+        float own = 0;
+        for (int64_t g = 0; g < s.G; g++) own += weight[g];
         S* to = out.at(v, b, k);
         const S* p = student.at(v, b, k);
+        if (no_pair(weight, s.G)) {
+            memset(to, 0, n * sizeof(S));
+            continue;
+        }
+        if (v == 0 || memcmp(weight, weight - s.G, s.G * sizeof(float))) combine(taught, q, weight, s.G);
         const Next next = v + 1 < s.V ? Next(student.at(v + 1, b, k)) : Next(p);
         const float top = student_stats[v * s.B + b], log2_sum = student_stats[(s.V + v) * s.B + b] * LOG2E;
-        const auto write = count == 0   ? zero_row<S>
-                           : count == 1 ? gradient_row<1, STREAM, S>
-                           : count == 2 ? gradient_row<2, STREAM, S>
-                                        : gradient_row<0, STREAM, S>;
-        write(to, p, n, top, student_scale, log2_sum, own, rows, weight, count, scale, next);
+        gradient_row<STREAM>(to, p, n, top, student_scale, log2_sum, own * scale, taught, next);
     }
 }
 
@@ -340,7 +349,7 @@ bool can_stream(const Logits<S>& out, const void* student, const Sizes& s) {
 }  // namespace
 
 // sizes: V, G, B, K, then strides: student crop, student image, teacher crop, teacher image, gradient crop, gradient image.
-// half: bit 0 says that the student is bfloat16, bit 1 that the teacher is; else float32. G is at most 64.
+// half: bit 0 says that the student is bfloat16, bit 1 that the teacher is; else float32.
 // workspace: as many floats as fastdino_dino_loss_workspace says; losses: B.
 
 EXPORT(fastdino_dino_loss_forward)(

@@ -48,8 +48,12 @@ inline vf load(const float* p) {
 inline vf load(const bf16* p) {
     vh bits;
     memcpy(&bits, p, sizeof bits);
-#if defined(__AVX512F__)
-    return (vf)((vi)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#if defined(__AVX512BW__)
+    // each number to the upper half of its lane, zeros below: one permutation instead of a widening and a shift
+    const __m512i to = _mm512_set_epi16(
+        15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0
+    );
+    return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to, _mm512_castsi256_si512((__m256i)bits));
 #elif defined(__AVX2__)
     return (vf)((vi)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
 #else
@@ -95,12 +99,16 @@ inline vf load_part(const T* p, int64_t n) {
     return load(row);
 }
 
-// f(vector, offset) over n elements; the last vector is padded.
+// f(vector, offset) over n elements, two vectors a turn; the last vector is padded.
 template <class T, class F>
 inline void each(const T* p, int64_t n, F f) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) f(load(p + i), i);
-    if (i < n) f(load_part(p + i, n - i), i);
+    for (; i + 2 * W <= n; i += 2 * W) {
+        const vf x = load(p + i), y = load(p + i + W);
+        f(x, i);
+        f(y, i + W);
+    }
+    for (; i < n; i += W) f(n - i < W ? load_part(p + i, n - i) : load(p + i), i);
 }
 
 template <class T>

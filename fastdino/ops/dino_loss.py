@@ -96,7 +96,6 @@ POINTER, FLOAT, INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 CPU_FORWARD = (POINTER,) * 10 + (FLOAT, FLOAT, POINTER, INT, INT)
 CPU_BACKWARD = (POINTER,) * 8 + (FLOAT, FLOAT, FLOAT, POINTER, INT, INT)
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-CPU_MAX_TEACHERS = 64  # MAX_TEACHERS of kernels/dino_loss.cpp
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -366,8 +365,6 @@ def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
             return f"the logits are on {student.device}"
         if unknown := dtypes.difference(CPU_DTYPES):
             return f"its kernels know float32 and bfloat16, not {unknown.pop()}"
-        if teacher.shape[0] > CPU_MAX_TEACHERS:
-            return f"its kernels know up to {CPU_MAX_TEACHERS} crops of the teacher, not {teacher.shape[0]}"
     if impl == "triton":
         if not find_spec("triton"):
             return "triton is not installed"
