@@ -167,7 +167,7 @@ double merge_image(
             totals[t] = totals[t] * tops[t];  // and the sum of the tile's q
         }
         teacher_stats[g * s.B + b] = top;
-        teacher_stats[(s.G + g) * s.B + b] = logf(total);
+        teacher_stats[(s.G + g) * s.B + b] = total;
     }
     double loss = 0;
     for (int64_t v = 0; v < s.V; v++) {
@@ -175,7 +175,7 @@ double merge_image(
         const float* tops = partial.student_top + row * tiles;
         merge_row(&top, &total, factor, tops, partial.student_sum + row * tiles, LOG2E / student_temp, tiles);
         student_stats[v * s.B + b] = top;
-        student_stats[(s.V + v) * s.B + b] = logf(total);
+        student_stats[(s.V + v) * s.B + b] = total;
         for (int64_t g = 0; g < s.G; g++) {
             if (weights[v * s.G + g] == 0) continue;  // a pair that is left out may hold NaN
             const float* to_q = partial.teacher_top + (b * s.G + g) * tiles;
@@ -258,14 +258,14 @@ inline void combine(float* sum, const float* q, const float* weight, int64_t G) 
     }
 }
 
-// One row of the gradient: own * p - taught.
+// One row of the gradient: share * exp((x - top) / temp) - taught. The row's sum is in `share`: as a logarithm in the
+// exponent it would cost the digits of log2(K).
 template <bool STREAM, class S>
 inline void gradient_row(
-    S* out, const S* p, int64_t n, float top, float temp_scale, float log2_sum, float own, const float* taught,
-    Next next
+    S* out, const S* p, int64_t n, float top, float temp_scale, float share, const float* taught, Next next
 ) {
     const auto gradient = [&](vf x, int64_t i) {
-        return own * pow2((x - top) * temp_scale - log2_sum) - load(taught + i);
+        return share * pow2((x - top) * temp_scale) - load(taught + i);
     };
     int64_t i = 0;
     for (; i + W <= n; i += W) {
@@ -291,10 +291,10 @@ void backward_tile(
     for (int64_t i = 0; i < TILE; i++) c[i] = i < n ? center[k + i] : 0;
     for (int64_t g = 0; g < s.G; g++) {
         const Next next = g + 1 < s.G ? Next(teacher.at(g + 1, b, k)) : Next(student.at(0, b, k));
-        const float top = teacher_stats[g * s.B + b], log2_sum = teacher_stats[(s.G + g) * s.B + b] * LOG2E;
+        const float top = teacher_stats[g * s.B + b], share = scale / teacher_stats[(s.G + g) * s.B + b];
         each(teacher.at(g, b, k), n, [&](vf t, int64_t i) {
             next.prefetch(i);
-            store(q + g * TILE + i, scale * pow2((t - load(c + i) - top) * teacher_scale - log2_sum));
+            store(q + g * TILE + i, share * pow2((t - load(c + i) - top) * teacher_scale));
         });
     }
     float* taught = q + s.G * TILE;
@@ -310,8 +310,8 @@ void backward_tile(
         }
         if (v == 0 || memcmp(weight, weight - s.G, s.G * sizeof(float))) combine(taught, q, weight, s.G);
         const Next next = v + 1 < s.V ? Next(student.at(v + 1, b, k)) : Next(p);
-        const float top = student_stats[v * s.B + b], log2_sum = student_stats[(s.V + v) * s.B + b] * LOG2E;
-        gradient_row<STREAM>(to, p, n, top, student_scale, log2_sum, own * scale, taught, next);
+        const float top = student_stats[v * s.B + b], share = own * scale / student_stats[(s.V + v) * s.B + b];
+        gradient_row<STREAM>(to, p, n, top, student_scale, share, taught, next);
     }
 }
 

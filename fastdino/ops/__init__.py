@@ -2,9 +2,8 @@
 
 import torch
 
-from fastdino.ops.dino_loss import choose as _choose_dino_loss
+from fastdino.ops import native
 from fastdino.ops.dino_loss import dino_loss
-from fastdino.ops.ema import choose as _choose_ema
 from fastdino.ops.ema import ema_
 from fastdino.ops.sinkhorn import sinkhorn_center
 
@@ -13,5 +12,5 @@ __all__ = ["describe", "dino_loss", "ema_", "sinkhorn_center"]
 
 def describe(device: torch.device | str) -> dict[str, str]:
     """For each operation, what "auto" runs on a device, and in brackets why, or why nothing faster."""
-    chosen = {"dino_loss": _choose_dino_loss(torch.device(device)), "ema": _choose_ema(torch.device(device))}
-    return {name: f"{impl} ({why})" for name, (impl, why) in chosen.items()}
+    impl, why = native.choose(torch.device(device))
+    return dict.fromkeys(("dino_loss", "ema"), f"{impl} ({why})")

@@ -11,7 +11,6 @@ logit is float64.
 """
 
 import ctypes
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ def _softmax(x: Tensor, top: Tensor, temp: Tensor) -> Tensor:
     return torch.softmax((x - top[..., None]).div_(temp), -1)
 
 
-def _log_sum(probs: Tensor) -> Tensor:
-    """Log of the sum of exp((x - maximum) / temp) of each row; NaN where a softmax is."""
-    return probs.amax(-1).log_().neg_()
+def _sum(probs: Tensor) -> Tensor:
+    """Sum of exp((x - maximum) / temp) of each row; NaN where a softmax is."""
+    return probs.amax(-1).reciprocal_()
 
 
 def dino_loss_ref(
@@ -45,25 +44,26 @@ def dino_loss_ref(
     teacher_temp: Tensor,  # ()
     pair_weights: Tensor,  # (V, G)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), maximum and log-sum of each row of student (2, V, B) and teacher (2, G, B), teacher's mean."""
+    """Loss (), maximum and sum of exponentials of each row of student and teacher, (2, V, B) and (2, G, B),
+    teacher's mean (K,)."""
     dtype, batch = center.dtype, student.shape[1]
     wide = teacher.to(dtype)
     teacher_mean = wide.mean((0, 1))
     centred = wide - center
     top = centred.amax(-1)
     q = _softmax(centred, top, teacher_temp)
-    teacher_stats = torch.stack((top, _log_sum(q)))
+    teacher_stats = torch.stack((top, _sum(q)))
     student_stats = center.new_empty(2, *student.shape[:2])
     loss = center.new_zeros((), dtype=torch.float64)
     for v, weights in enumerate(pair_weights):
         row = student[v].to(dtype)
         top = row.amax(-1)
-        log_sum = _log_sum(_softmax(row, top, student_temp))
-        student_stats[0, v], student_stats[1, v] = top, log_sum
+        total = _sum(_softmax(row, top, student_temp))
+        student_stats[0, v], student_stats[1, v] = top, total
         # sum_g M (log_sum - <q, x - max>): equal to the formula, and exact where x is large
         shifted = (row - top[:, None]).div_(student_temp)
         for g, weight in enumerate(weights):
-            pair = log_sum - (q[g] * shifted).sum(-1)
+            pair = total.log() - (q[g] * shifted).sum(-1)
             loss += torch.where(weight == 0, 0, weight * pair.sum(dtype=torch.float64))
     loss = (loss / (pair_weights.sum() * batch)).to(dtype)
     return loss, student_stats, teacher_stats, teacher_mean
@@ -182,7 +182,19 @@ def _empty_results(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[Te
     return loss, center.new_empty(2, v, b), center.new_empty(2, g, b), mean
 
 
-@torch.library.custom_op("fastdino::dino_loss", mutates_args=())
+# what both directions take after the two logits
+REST = (
+    "Tensor teacher, Tensor center, Tensor student_temp, Tensor teacher_temp, Tensor? pair_weights, "
+    "{}str impl"
+)
+STATS = "Tensor student_stats, Tensor teacher_stats, "
+
+
+@torch.library.custom_op(
+    "fastdino::dino_loss",
+    mutates_args=(),
+    schema=f"(Tensor student, {REST.format('')}, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _dino_loss(
     student: Tensor,
     teacher: Tensor,
@@ -193,101 +205,43 @@ def _dino_loss(
     impl: str,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = (student, teacher, center, student_temp, teacher_temp)
     if impl == "triton":
         from fastdino.ops.dino_loss_triton import dino_loss_triton
 
-        return dino_loss_triton(student, teacher, center, student_temp, teacher_temp, pair_weights)
+        return dino_loss_triton(*args, pair_weights)
     run = dino_loss_cpu if impl == "cpu" else dino_loss_ref
-    weights = _official_weights(student, teacher, center) if pair_weights is None else pair_weights
-    return run(student, teacher, center, student_temp, teacher_temp, weights)
+    return run(*args, _official_weights(student, teacher, center) if pair_weights is None else pair_weights)
 
 
 @_dino_loss.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor | None,
-    impl: str,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, center: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_results(student, teacher, center)
 
 
-@torch.library.custom_op("fastdino::dino_loss_bwd", mutates_args=())
-def _dino_loss_bwd(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor | None,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-    impl: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "fastdino::dino_loss_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor student, {REST.format(STATS)}) -> Tensor",
+)
+def _dino_loss_bwd(grad: Tensor, student: Tensor, *rest: Any) -> Tensor:
     grad_student = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _backward_into(
-        grad_student,
-        grad,
-        student,
-        teacher,
-        center,
-        student_temp,
-        teacher_temp,
-        pair_weights,
-        student_stats,
-        teacher_stats,
-        impl,
-    )
+    _backward_into(grad_student, grad, student, *rest)
     return grad_student
 
 
 @_dino_loss_bwd.register_fake
-def _(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor | None,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-    impl: str,
-) -> Tensor:
+def _(grad: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-@torch.library.custom_op("fastdino::dino_loss_bwd_", mutates_args=("student",))
-def _dino_loss_bwd_(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor | None,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-    impl: str,
-) -> None:
-    _backward_into(
-        student,
-        grad,
-        student,
-        teacher,
-        center,
-        student_temp,
-        teacher_temp,
-        pair_weights,
-        student_stats,
-        teacher_stats,
-        impl,
-    )
+@torch.library.custom_op(
+    "fastdino::dino_loss_bwd_",
+    mutates_args=("student",),
+    schema=f"(Tensor grad, Tensor(a!) student, {REST.format(STATS)}) -> ()",
+)
+def _dino_loss_bwd_(grad: Tensor, student: Tensor, *rest: Any) -> None:
+    _backward_into(student, grad, student, *rest)
 
 
 def _backward_into(
@@ -310,9 +264,8 @@ def _backward_into(
 
         return dino_loss_bwd_triton(*args, pair_weights, *stats)
     run = dino_loss_bwd_cpu if impl == "cpu" else dino_loss_bwd_ref
-    return run(
-        *args, _official_weights(student, teacher, center) if pair_weights is None else pair_weights, *stats
-    )
+    weights = _official_weights(student, teacher, center) if pair_weights is None else pair_weights
+    return run(*args, weights, *stats)
 
 
 def _official_weights(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
@@ -343,41 +296,21 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _dino_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.compiler.assume_constant_result
-def choose(device: torch.device) -> tuple[str, str]:
-    """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
-    if device.type == "cpu":
-        return ("cpu" if native.isas() else "torch"), native.describe()
-    if device.type != "cuda":
-        return "torch", f"there is no kernel for {device.type}"
-    return (
-        ("triton", native.triton_version()) if find_spec("triton") else ("torch", "triton is not installed")
-    )
-
-
 def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
     """Why a kernel cannot take these tensors; empty if it can."""
     dtypes = {student.dtype, teacher.dtype}
-    if impl == "cpu":
-        if not native.isas():
-            return native.describe()
-        if student.device.type != "cpu":
-            return f"the logits are on {student.device}"
-        if unknown := dtypes.difference(CPU_DTYPES):
-            return f"its kernels know float32 and bfloat16, not {unknown.pop()}"
-    if impl == "triton":
-        if not find_spec("triton"):
-            return "triton is not installed"
-        if student.device.type != "cuda" and not native.interpreted():
-            return f"the logits are on {student.device}"
-        if torch.float64 in dtypes:
-            return "its kernels compute in float32, not float64"
+    if why := native.missing(impl, student.device):
+        return why
+    if impl == "cpu" and (unknown := dtypes.difference(CPU_DTYPES)):
+        return f"its kernels know float32 and bfloat16, not {unknown.pop()}"
+    if impl == "triton" and torch.float64 in dtypes:
+        return "its kernels compute in float32, not float64"
     return ""
 
 
 def _resolve(impl: str, student: Tensor, teacher: Tensor) -> str:
     """The implementation that runs; "auto" takes the plain form for what the kernels do not cover."""
-    chosen = choose(student.device)[0] if impl == "auto" else impl
+    chosen = native.choose(student.device)[0] if impl == "auto" else impl
     if why := _cannot(chosen, student, teacher):
         if impl == "auto":
             return "torch"

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdino.ops.dino_loss import _rows
+
 WARPS = 2  # of 32 threads: few that wait for one another at each sum over a tile
 LOWEST = tl.constexpr(-3.0e38)  # a finite reference for rows of -inf
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -143,15 +145,16 @@ def merge_kernel(
     to_q, mass = to_q / total[:, None], mass / total[:, None]
     if v == 0:
         tl.store(teacher_stats + crop * B + b, top, mask=crop < G)
-        tl.store(teacher_stats + (G + crop) * B + b, tl.log(total), mask=crop < G)
+        tl.store(teacher_stats + (G + crop) * B + b, total, mask=crop < G)
 
     line = b * V + v
     s_tops = tl.load(student_top + line * tiles + t, mask=t < tiles, other=LOWEST)
     s_top = tl.max(s_tops)
     sums = tl.load(student_sum + line * tiles + t, mask=t < tiles, other=0.0)
-    log_sum = tl.log(tl.sum(sums * tl.exp2((s_tops - s_top) * (LOG2E / student_temp))))
+    s_total = tl.sum(sums * tl.exp2((s_tops - s_top) * (LOG2E / student_temp)))
+    log_sum = tl.log(s_total)
     tl.store(student_stats + v * B + b, s_top)
-    tl.store(student_stats + (V + v) * B + b, log_sum)
+    tl.store(student_stats + (V + v) * B + b, s_total)
 
     # log_sum - <q, x - max>, tile by tile
     dots = tl.load(dot + (line * G + g) * tiles + t, mask=known, other=0.0)
@@ -246,18 +249,19 @@ def bwd_kernel(
     ).to(tl.float32)
     u = t - tl.load(center + k, mask=inside, other=0.0)
     top = tl.load(teacher_stats + g * B + b, mask=g < G, other=0.0)
-    log_sum = tl.load(teacher_stats + (G + g) * B + b, mask=g < G, other=0.0)
-    q = tl.exp2((u - top) * teacher_scale - log_sum * LOG2E)
+    # the sums stay factors: as logarithms in the exponent they would cost the digits of log2(K)
+    share = scale / tl.load(teacher_stats + (G + g) * B + b, mask=g < G, other=1.0)
+    q = tl.exp2((u - top) * teacher_scale) * share
     for v in range(V):
         row += student_crop
         ahead = tl.load(row + k, mask=inside & (v + 1 < V), other=0.0)
         s_top = tl.load(student_stats + v * B + b)
-        s_log_sum = tl.load(student_stats + (V + v) * B + b)
-        p = tl.exp2((x.to(tl.float32) - s_top) * student_scale - s_log_sum * LOG2E)
+        s_share = scale / tl.load(student_stats + (V + v) * B + b)
+        p = tl.exp2((x.to(tl.float32) - s_top) * student_scale)
         weight = _weights(pair_weights, v, g, G, WEIGHTS_GIVEN)
         taught = tl.sum(tl.where(weight == 0, 0.0, weight * q), axis=0)[None, :]
         own = tl.sum(weight)
-        dx = tl.where(own == 0, 0.0, own * p - taught) * scale
+        dx = tl.where(own == 0, 0.0, own * s_share * p - taught)
         tl.store(out + k, dx.to(grad_student.dtype.element_ty), mask=inside)
         out += grad_crop
         x = ahead
@@ -266,10 +270,6 @@ def bwd_kernel(
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tile(crops: int) -> int:

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -92,33 +91,6 @@ def _ema_(
             from fastdino.ops.ema_triton import ema_triton_
 
             ema_triton_(ts, ss, cs, momentum)
-
-
-@torch.compiler.assume_constant_result
-def choose(device: torch.device) -> tuple[str, str]:
-    """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
-    if device.type == "cpu":
-        return ("cpu" if native.isas() else "torch"), native.describe()
-    if device.type != "cuda":
-        return "torch", f"there is no kernel for {device.type}"
-    return (
-        ("triton", native.triton_version()) if find_spec("triton") else ("torch", "triton is not installed")
-    )
-
-
-def _cannot(impl: str, device: torch.device) -> str:
-    """Why a kernel cannot run; empty if it can."""
-    if impl == "cpu":
-        if not native.isas():
-            return native.describe()
-        if device.type != "cpu":
-            return f"the teacher is on {device}"
-    if impl == "triton":
-        if not find_spec("triton"):
-            return "triton is not installed"
-        if device.type != "cuda" and not native.interpreted():
-            return f"the teacher is on {device}"
-    return ""
 
 
 def _local(x: Tensor) -> Tensor:
@@ -225,8 +197,8 @@ def ema_(
         if not pairs:
             continue
         device = pairs[0][1].device
-        chosen = choose(device)[0] if impl == "auto" else impl
-        if why := _cannot(chosen, device):
+        chosen = native.choose(device)[0] if impl == "auto" else impl
+        if why := native.missing(chosen, device):
             raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
         _, ts, ss = map(list, zip(*pairs, strict=True))
         _ema_(ts, ss, targets, momentum.detach().reshape(()), chosen)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,27 @@ def interpreted() -> bool:
     import triton
 
     return triton.knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+def choose(device: torch.device) -> tuple[str, str]:
+    """The implementation that "auto" takes on a device, and with what, or why none that is faster."""
+    if device.type == "cpu":
+        return ("cpu" if isas() else "torch"), describe()
+    if device.type != "cuda":
+        return "torch", f"there is no kernel for {device.type}"
+    return ("triton", triton_version()) if find_spec("triton") else ("torch", "triton is not installed")
+
+
+def missing(impl: str, device: torch.device) -> str:
+    """Why an implementation cannot run on tensors of a device; empty if it can."""
+    here = True
+    if impl == "cpu":
+        if not isas():
+            return describe()
+        here = device.type == "cpu"
+    if impl == "triton":
+        if not find_spec("triton"):
+            return "triton is not installed"
+        here = device.type == "cuda" or interpreted()
+    return "" if here else f"the tensors are on {device}"
