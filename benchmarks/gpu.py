@@ -29,7 +29,7 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
         return [
             ("tests", 300, [*TESTS, "-k", "triton and (upstream or layout)"]),
             ("loss", 120, [*tiny, "--out", str(out / "loss"), "--prototypes", "512", "--archs"]),
-            ("ema", 120, [*tiny, "--out", str(out / "ema"), "--prototypes", "--archs", "tiny"]),
+            ("ema", 120, [*tiny, "--out", str(out / "ema"), "--prototypes", "--archs", "vit_tiny"]),
         ]
     gpu = [*OPS, "--device", "cuda", "--seconds", "4", "--rounds", "101"]
     return [

@@ -206,7 +206,7 @@ def parameter_shapes(arch: str) -> list[torch.Size]:
 
 
 def bench_ema(arch: str, clock: Clock, device: torch.device, args: Any) -> list[Row]:
-    shapes = parameter_shapes(arch) if arch != "tiny" else [torch.Size((7, 5)), torch.Size((4097,))]
+    shapes = parameter_shapes(arch)
     teacher, student = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
     momentum, count = 0.996, sum(s.numel() for s in shapes)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)

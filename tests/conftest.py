@@ -1,18 +1,35 @@
-"""Shared by all tests: the Triton interpreter where there is no GPU, a fixed seed, and poisoned memory."""
+"""Shared by all tests: the Triton interpreter where there is no GPU, a fixed seed, the operations'
+implementations, and poisoned memory."""
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+CUDA = torch.cuda.is_available()
+if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before anything imports triton
+
+from fastdino.ops import native  # noqa: E402
+
+IMPLS: list = ["torch", *(["cpu"] if native.isas() else [])]
+if find_spec("triton"):
+    IMPLS.append(pytest.param("triton", marks=pytest.mark.cuda if CUDA else ()))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation of an operation; where there is a GPU, Triton's tests make their tensors on it."""
+    with torch.device("cuda") if CUDA and request.param == "triton" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture

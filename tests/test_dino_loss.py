@@ -5,14 +5,9 @@ output's dtype.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
-from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdino.ops import dino_loss, native
@@ -22,16 +17,6 @@ from fastdino.ops.dino_loss import _dino_loss
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 CUDA = torch.cuda.is_available()
-IMPLS: list = ["torch", *(["cpu"] if native.isas() else [])]
-if find_spec("triton"):
-    IMPLS.append(pytest.param("triton", marks=pytest.mark.cuda if CUDA else ()))
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of the implementation; where there is a GPU, Triton's tests make their tensors on it."""
-    with torch.device("cuda") if CUDA and request.param == "triton" else nullcontext():
-        yield request.param
 
 
 def official(
@@ -138,38 +123,6 @@ SHAPES = [  # V, G, B, K
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradient_are_as_accurate_as_the_formula(impl, shape, poison):
     check(impl, *logits(*shape))
-
-
-HALF_AND_SINGLE = st.sampled_from([torch.float32, torch.bfloat16])
-NEAR_TILES = st.sampled_from([511, 513, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097])
-
-
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # to shrink a failure through the interpreter takes minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(1, 5), st.integers(1, 70) | NEAR_TILES),
-    st.tuples(HALF_AND_SINGLE, HALF_AND_SINGLE),
-    st.sampled_from([0.03, 1.0, 30.0]),
-    st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)),
-    st.sampled_from([0.0, 1.0, 0.37, -3.0, 1024.0]),
-    st.booleans(),
-    st.integers(0, 3),
-)
-def test_random_shapes_dtypes_and_weights(impl, shape, dtypes, scale, temps, upstream, weighted, padding):
-    v, g, b, k = shape
-    torch.manual_seed(v + 10 * g + 100 * b + 1000 * k)
-    s, t, c = logits(v, g, b, k + padding, scale, *dtypes)
-    weights = None
-    if weighted or (v, g) == (1, 1):
-        weights = torch.rand(v, g) * (torch.rand(v, g) > 0.3)
-        weights[-1, -1] = 1.0
-    s, t, c = (x[..., padding:] for x in (s, t, c))  # rows that start anywhere in memory
-    check(impl, s, t, c, *temps, weights=weights, upstream=upstream, few=True)
 
 
 @pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float16])

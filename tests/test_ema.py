@@ -1,9 +1,6 @@
 """The teacher update against its formula in float64."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import nullcontext
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,16 +13,6 @@ from fastdino.ops import ema_, native
 from fastdino.ops.ema import _ema_
 
 CUDA = torch.cuda.is_available()
-IMPLS: list = ["torch", *(["cpu"] if native.isas() else [])]
-if find_spec("triton"):
-    IMPLS.append(pytest.param("triton", marks=pytest.mark.cuda if CUDA else ()))
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of the implementation; where there is a GPU, Triton's tests make their tensors on it."""
-    with torch.device("cuda") if CUDA and request.param == "triton" else nullcontext():
-        yield request.param
 
 
 def lists(
