@@ -3,17 +3,21 @@
 Each is written beside its place, flushed to the disk and renamed, so one that is there is whole.
 """
 
+import argparse
 import fcntl
 import json
 import os
+import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdino.config import Config, from_dict, to_dict
@@ -189,3 +193,53 @@ def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], Config]:
     if "fastdino_config" not in metadata:
         raise ValueError(f"{path} carries no fastdino configuration: it was not written by fastdino-train")
     return state, from_dict(Config, json.loads(metadata["fastdino_config"]))
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether `path` is a run's folder or a teacher.safetensors, rather than somebody else's weights."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.exists():
+        return path.is_dir() or not path.exists()
+    try:
+        with safe_open(path, "pt") as file:
+            return "fastdino_config" in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
+def read_backbone(path: str | Path, part: str = "teacher") -> dict[str, Tensor]:
+    """A backbone's tensors from a file of official DINO or timm, without prefixes and without a head.
+
+    Official DINO's full checkpoints (then `part`, "teacher" or "student", is what is taken), its files of a
+    backbone alone, and timm's, torch-saved or as safetensors. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged, that holds code, or no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            # where official checkpoints keep their command line
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        why = (
+            str(error).partition("\n")[0].partition(". ")[0]
+        )  # what follows is advice to run the file's code
+        raise ValueError(f"{path} cannot be read as weights: {why}") from None
+    for key in (part, "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()) or not found:
+        inside = f"keys {', '.join(map(str, list(found)[:8]))}" if isinstance(found, dict) else type(found)
+        raise ValueError(f"{path} holds no tensors by name, nor under {part}: it has {inside}")
+    names = {re.sub(r"^module\.", "", name): tensor for name, tensor in found.items()}
+    if any(name.startswith("backbone.") for name in names):
+        names = {n.removeprefix("backbone."): t for n, t in names.items() if n.startswith("backbone.")}
+    return {n: t for n, t in names.items() if not n.startswith(("head.", "fc."))}

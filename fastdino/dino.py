@@ -1,5 +1,6 @@
 """DINO: a student that sees all crops matches a teacher that sees the global ones (paper, section 3.1)."""
 
+import math
 from collections.abc import Callable
 from itertools import groupby
 
@@ -35,17 +36,66 @@ def build_backbone(config: ModelConfig, image_size: int = 224, drop_path_rate: f
     raise ValueError(f"--arch {config.arch} is unknown: choose from {', '.join([*VITS, *resnet.NAMES])}")
 
 
-def load_backbone(path: str, device: str | torch.device = "cpu") -> nn.Module:
-    """The teacher's backbone in `path` (a run's teacher.safetensors), in evaluation mode.
+def network_of(state: dict[str, Tensor]) -> nn.Module:
+    """The network whose tensors these are, untrained: a ViT with heads of 64 channels, or a ResNet.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or one that fastdino did not write.
+        ValueError: they are of neither.
     """
-    state, config = checkpoint.read_teacher(path)
-    backbone = build_backbone(config.model, config.data.crops.global_crops_size)
-    backbone.load_state_dict(
-        {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    if "conv1.weight" in state:
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        for name in resnet.NAMES:
+            with torch.device("meta"):
+                candidate = resnet.resnet(name)
+            if {n: t.shape for n, t in candidate.state_dict().items()} == shapes:
+                return resnet.resnet(name)
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(
+            f"these are not the tensors of a ViT (no {', '.join(missing)}) or a ResNet of torchvision: there "
+            f"are {', '.join(list(state)[:6])}, ..."
+        )
+    dim, patches = state["cls_token"].shape[-1], state["pos_embed"].shape[1] - 1
+    side, filters = math.isqrt(patches), state["patch_embed.proj.weight"]
+    if side * side != patches or dim % 64:
+        raise ValueError(
+            f"a ViT of width {dim} with {patches} positions: only square grids and heads of 64 are known"
+        )
+    return vit.VisionTransformer(
+        img_size=side * filters.shape[-1],
+        patch_size=filters.shape[-1],
+        in_chans=filters.shape[1],
+        embed_dim=dim,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=dim // 64,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
     )
+
+
+def load_backbone(path: str, device: str | torch.device = "cpu") -> nn.Module:
+    """The backbone in `path`, in evaluation mode.
+
+    `path` is a run's folder, its teacher.safetensors, or weights of official DINO (a full checkpoint, of
+    which the teacher is taken, or a backbone) or of timm with the same names (`vit_*.dino`), torch-saved or
+    as safetensors. The network is built after the tensors' shapes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read, or tensors that fit no known network; the message lists all
+            that are missing, unexpected or of another shape.
+    """
+    if checkpoint.is_ours(path):
+        tensors, config = checkpoint.read_teacher(path)
+        state = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+        backbone = build_backbone(config.model, config.data.crops.global_crops_size)
+    else:
+        state = checkpoint.read_backbone(path)
+        backbone = network_of(state)
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
     return backbone.to(device).eval().requires_grad_(False)
 
 

@@ -1,9 +1,11 @@
 """DINO: which crops go where, where the teacher's weights come from, and that nothing is shared."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import make_config
 from torch import Tensor, nn
 
@@ -158,3 +160,67 @@ def test_load_backbone_returns_the_teachers_network(tmp_path: Path) -> None:
         backbone = load_backbone(given)
         assert not backbone.training
         assert torch.equal(backbone(images), dino.teacher.backbone.eval()(images))
+
+
+def as_official(dino: DINO) -> dict[str, object]:
+    """What official DINO's checkpoint.pth holds of these networks."""
+    return {
+        "student": {f"module.{k}": v for k, v in dino.student.state_dict().items()},
+        "teacher": dino.teacher.state_dict(),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small", lr=0.0005),
+        "dino_loss": {"center": torch.zeros(1, 96)},
+    }
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet18"])
+@pytest.mark.parametrize("kind", ["full", "backbone", "safetensors"])
+def test_load_backbone_reads_official_files(tmp_path: Path, arch: str, kind: str) -> None:
+    dino = make_dino(arch=arch)
+    perturb(dino.teacher)
+    backbone = dino.teacher.backbone.eval()
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "full":
+        torch.save(as_official(dino), path)
+    elif kind == "backbone":
+        torch.save(backbone.state_dict(), path)
+    else:
+        save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path)
+    images = torch.randn(2, 3, 16, 16)
+    read = load_backbone(str(path))
+    assert not read.training
+    assert torch.equal(read(images), backbone(images))
+
+
+def test_load_backbone_refuses_what_it_cannot_load_whole(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    state = make_dino(arch="vit_tiny").teacher.backbone.state_dict()
+    torch.save(
+        {k: v for k, v in state.items() if k != "blocks.3.norm1.bias"} | {"extra": torch.zeros(1)}, path
+    )
+    with pytest.raises(ValueError, match=r"(?s)Missing.*blocks\.3\.norm1\.bias.*Unexpected.*extra"):
+        load_backbone(str(path))
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"not the tensors of a ViT \(no cls_token.*there are weights"):
+        load_backbone(str(path))
+    torch.save({"teacher": 3}, path)
+    with pytest.raises(ValueError, match="holds no tensors by name, nor under teacher: it has keys teacher"):
+        load_backbone(str(path))
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        load_backbone(str(path))
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+def test_load_backbone_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": Hostile()}, "weights.pth")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        load_backbone("weights.pth")
+    assert not Path("executed").exists()

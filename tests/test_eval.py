@@ -118,7 +118,7 @@ def test_the_command_runs_by_itself(run: Path, capsys):
             {"weights": "{run}/images"},
             "{run}/images/teacher.safetensors does not exist: give a run's folder or",
         ),
-        ({"weights": "{run}/images/class0/0.png"}, "{run}/images/class0/0.png is not a safetensors file: "),
+        ({"weights": "{run}/images/class0/0.png"}, "{run}/images/class0/0.png cannot be read as weights: "),
         ({"data": "{run}/none"}, "{run}/none: no such folder or file; give a folder of images or"),
         (
             {"data": "{run}/images/class0"},

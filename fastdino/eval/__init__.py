@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastdino import checkpoint, data, dino
+from fastdino.config import CropPolicy
 from fastdino.data import open_source
 from fastdino.distributed import choose_device
 from fastdino.eval import knn
@@ -26,7 +27,7 @@ class KNN:
     """Weighted k-nearest-neighbour accuracy, as official DINO's eval_knn."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """teacher.safetensors, or the folder of the run that wrote it."""
+    """teacher.safetensors, the folder of the run that wrote it, or weights of official DINO or timm."""
     data: str
     """Labelled images that vote: a folder with a sub-folder per class, or a text file of path TAB label."""
     val: str = ""
@@ -60,14 +61,18 @@ class KNN:
             )
         console = Console()
         device = choose_device(self.device)
-        _, config = checkpoint.read_teacher(self.weights)
-        policy = config.data.crops
+        config = checkpoint.read_teacher(self.weights)[1] if checkpoint.is_ours(self.weights) else None
+        policy = config.data.crops if config else CropPolicy()
+        if self.baselines and not config:
+            raise ValueError(
+                "--baselines needs the weights of a run, which say how the network was initialised"
+            )
         train, val = open_source(self.data), open_source(self.val) if self.val else None
         knn.check_classes(train, val)
         networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             "teacher": dino.load_backbone(self.weights)
         }
-        if self.baselines:
+        if self.baselines and config:
             torch.manual_seed(config.run.seed)
             untrained = dino.DINO(config).teacher.backbone.eval()
             networks = {"untrained network": untrained, "raw pixels": raw_pixels, **networks}
