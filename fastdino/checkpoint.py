@@ -228,9 +228,8 @@ def read_backbone(path: str | Path, part: str = "teacher") -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        why = (
-            str(error).partition("\n")[0].partition(". ")[0]
-        )  # what follows is advice to run the file's code
+        # what follows the first sentence is torch's advice to run the file's code
+        why = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} cannot be read as weights: {why}") from None
     for key in (part, "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

@@ -237,12 +237,6 @@ inline void dispatch(int half, F run) {
     }
 }
 
-inline bool no_pair(const float* weight, int64_t G) {
-    for (int64_t g = 0; g < G; g++)
-        if (weight[g] != 0) return false;
-    return true;
-}
-
 // Weighted sum of the teacher's rows q of a tile.
 inline void combine(float* sum, const float* q, const float* weight, int64_t G) {
     bool first = true;
@@ -301,10 +295,11 @@ void backward_tile(
     for (int64_t v = 0; v < s.V; v++) {
         const float* weight = weights + v * s.G;
         float own = 0;
-        for (int64_t g = 0; g < s.G; g++) own += weight[g];
+        bool paired = false;
+        for (int64_t g = 0; g < s.G; g++) own += weight[g], paired |= weight[g] != 0;
         S* to = out.at(v, b, k);
         const S* p = student.at(v, b, k);
-        if (no_pair(weight, s.G)) {
+        if (!paired) {
             memset(to, 0, n * sizeof(S));
             continue;
         }
