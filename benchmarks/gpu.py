@@ -18,18 +18,36 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_dino_loss.py", "tests/test_ema.py"]
+TESTED = ["tests/test_dino_loss.py", "tests/test_ema.py", "tests/test_attention.py"]
+TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTED]
 OPS = ["-m", "benchmarks.ops"]
+STEP = ["-m", "benchmarks.step"]
 
 
 def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
     """Name, most seconds and arguments to Python, the most telling first."""
     if rehearse:
+        small_step = [
+            "--no-compile",
+            "--archs",
+            "vit_nano",
+            "--patches",
+            "16",
+            "--images",
+            "1",
+            "--rounds",
+            "2",
+        ]
         tiny = [*OPS, "--device", "cpu", "--no-compile", "--images", "2", "--rounds", "2"]
         return [
             ("tests", 300, [*TESTS, "-k", "triton and (upstream or layout)"]),
             ("loss", 120, [*tiny, "--out", str(out / "loss"), "--prototypes", "512", "--archs"]),
             ("ema", 120, [*tiny, "--out", str(out / "ema"), "--prototypes", "--archs", "vit_tiny"]),
+            (
+                "step",
+                120,
+                [*STEP, "--device", "cpu", "--out", str(out / "step"), *small_step],
+            ),
         ]
     gpu = [*OPS, "--device", "cuda", "--seconds", "4", "--rounds", "101"]
     return [
@@ -38,6 +56,21 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
             "headline",
             120,
             [*gpu, "--out", str(out / "headline"), *_problems("64", "65536", "bfloat16", "vit_base")],
+        ),
+        (
+            "step",
+            240,
+            [
+                *STEP,
+                "--device",
+                "cuda",
+                "--out",
+                str(out / "step"),
+                "--archs",
+                "vit_small",
+                "--seconds",
+                "15",
+            ],
         ),
         ("ema", 60, [*gpu, "--out", str(out / "ema"), *_problems("", "", "", "vit_small vit_large")]),
         ("batch", 120, [*gpu, "--out", str(out / "batch"), *_problems("8 16 32", "65536", "bfloat16", "")]),

@@ -11,15 +11,11 @@ with the default allocator, and with one that keeps its pages.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -29,13 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import (
+    ROOT,
+    Clock,
+    Conditions,
+    Row,
+    Timed,
+    folder,
+    interleave,
+    machine,
+    peak_bytes,
+    write,
+)
 from fastdino import ops
 
+TITLE = "DINO loss and teacher update"
 V, G = 10, 2
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
-ROOT = Path(__file__).parent.parent
-Row = dict[str, Any]
-Timed = dict[str, Callable[[], object]]
 
 
 def official(
@@ -75,67 +81,6 @@ def loss_variants(
     variants["closed form eager"] = lambda: ops.dino_loss(student, teacher, center, **keywords, impl="torch")
     variants["fastdino"] = lambda: ops.dino_loss(student, teacher, center, **keywords)
     return variants
-
-
-class Clock:
-    """Milliseconds of one call; on a GPU with a cold cache, and without the launch's own time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.cuda else None
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        if self.flush is None:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
-        self.flush.zero_()  # the launches that follow queue up behind it
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
-
-
-def interleave(timed: Timed, clock: Clock, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Times of every variant, one of each in turn, so that a disturbance meets all of them."""
-    for run in timed.values():
-        run()
-        run()
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done and time.perf_counter() - start > seconds:
-            break
-        for name, run in timed.items():
-            times[name].append(clock(run))
-    return times
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Memory beyond what is held before the call, at its highest."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    run()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return -1
-    # what the allocator keeps after one call would hide what the next one needs
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-
-    def read(key: str) -> int:
-        return next(int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith(key))
-
-    before = read("VmRSS")
-    run()
-    return max(0, read("VmHWM") - before)
 
 
 def step(variant: Callable[[], Tensor], leaf: Tensor, upstream: Tensor | None) -> Callable[[], None]:
@@ -245,53 +190,6 @@ def bench_ema(arch: str, clock: Clock, device: torch.device, args: Any) -> list[
     ]
 
 
-class Conditions:
-    """How busy the machine was with other work between construction and `describe`."""
-
-    def __init__(self) -> None:
-        self.load, self.before = os.getloadavg()[0], self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        stat = Path("/proc/stat")
-        ticks = [int(x) for x in stat.read_text().split("\n")[0].split()[1:]] if stat.exists() else [0] * 8
-        own = sum(os.times()[:4])
-        hertz = os.sysconf("SC_CLK_TCK")
-        return sum(ticks[:8]) / hertz, (sum(ticks[:3]) + sum(ticks[5:7])) / hertz - own, ticks[7] / hertz
-
-    def describe(self) -> Row:
-        total, others, stolen = (b - a for a, b in zip(self.before, self._now(), strict=True))
-        shares = {
-            "others_share_of_cores": round(others / max(total, 1e-9), 3),
-            "stolen": round(stolen / max(total, 1e-9), 3),
-        }
-        return {"load_before": self.load, "load_after": os.getloadavg()[0], **shares}
-
-
-def machine(device: torch.device) -> Row:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        name = next(
-            (x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor()
-        )
-        name += f", {torch.get_num_threads()} threads"
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip(),
-        "command": "python -m benchmarks.ops " + " ".join(sys.argv[1:]),
-        "runs": ops.describe(device),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-
-
 def table(rows: list[Row]) -> str:
     """Markdown, one block for each problem, with the factor by which fastdino is faster."""
     out: list[str] = []
@@ -338,16 +236,6 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(rows: list[Row], about: Row, out: Path) -> None:
-    """results.json, table.md and plot.png, whole after every problem."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    lines = [f"- {key}: {value}" for key, value in about.items()]
-    (out / "table.md").write_text(
-        "# DINO loss and teacher update\n\n" + "\n".join(lines) + "\n" + table(rows)
-    )
-
-
 def measure(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     about, conditions, clock = machine(device), Conditions(), Clock(device)
@@ -363,7 +251,7 @@ def measure(args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         found = [{"allocator": args.allocator} | r if args.allocator else r for r in problem()]
         rows += found
-        write(rows, about | conditions.describe(), args.out)
+        write(TITLE, rows, about | conditions.describe(), table(rows), args.out)
         print(table(found), flush=True)
 
 
@@ -383,14 +271,7 @@ def main() -> None:
     parser.add_argument("--allocator", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
-    if args.out is None:
-        name = str(machine(device)["device"])
-        args.out = (
-            ROOT
-            / "benchmarks"
-            / "results"
-            / "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
-        )
+    args.out = args.out or folder(device)
     if device.type == "cuda" or args.allocator:
         measure(args)
     else:
@@ -421,7 +302,7 @@ def main() -> None:
             for file in part.iterdir():
                 file.unlink()
             part.rmdir()
-            write(merged, about, args.out)  # so that a stop loses the second half alone
+            write(TITLE, merged, about, table(merged), args.out)  # a stop loses the second half alone
     rows = json.loads((args.out / "results.json").read_text())["rows"]
     if not args.allocator and find_spec("matplotlib") and any(r["op"] == "dino_loss" for r in rows):
         plot(rows, args.out / "plot.png")

@@ -148,12 +148,22 @@ class ModelConfig:
     """The backbone and its projection head (paper, section 3.1 and appendix C)."""
 
     arch: str = "vit_small"
-    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, or a ResNet of torchvision (resnet18 ...
-    resnet152, resnext50_32x4d, wide_resnet50_2, ...)."""
+    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge or vit_giant; a ResNet of
+    torchvision (resnet18 ... resnet152, resnext50_32x4d, wide_resnet50_2, ...); torchvision:NAME or timm:NAME
+    for any other classifier of those, as torchvision:convnext_tiny or timm:xcit_small_12_p16_224."""
     patch_size: int = 16
-    """Side of a ViT's patches in pixels. Half the patch means four times the tokens."""
+    """Side of the patches of vit_* in pixels. Half the patch means four times the tokens."""
+    num_register_tokens: int = 0
+    """Extra tokens of vit_* that belong to no patch and clean up attention maps; 4 is usual."""
+    layer_scale: float = 0.0
+    """Start of a learnt factor per channel on each branch of vit_*; 0: none. DINOv2 has 1e-5."""
     drop_path_rate: float = 0.1
-    """Stochastic depth of the student's last ViT block; it grows linearly from 0 at the first."""
+    """Stochastic depth of the student's last block, where the backbone has any; it grows linearly from 0 at
+    the first."""
+    init_from: str = ""
+    """File of weights to begin with: official DINO's (a full checkpoint or a backbone), DINOv2's, timm's, a
+    run's folder or its teacher.safetensors. A head that fits is taken too, else a new one begins. Position
+    embeddings are resized."""
     out_dim: int = 65536
     """Prototypes K: outputs of the head. Fewer suit small data sets."""
     norm_last_layer: bool = True
@@ -171,6 +181,9 @@ class ModelConfig:
         for name in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim"):
             value = getattr(self, name)
             _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        for name in ("num_register_tokens", "layer_scale"):
+            value = getattr(self, name)
+            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
         _check(
             0 <= self.drop_path_rate < 1,
             f"--drop-path-rate {self.drop_path_rate}: give 0 up to, not including, 1",
@@ -244,6 +257,9 @@ class OptimConfig:
     norm."""
     freeze_last_layer: int = 1
     """Epochs during which the prototypes get neither gradient nor decay."""
+    head_warmup_steps: int = 0
+    """Updates before the others in which the head alone learns, the backbone of --init-from held still; the
+    learning rate rises to its peak over them, and begins anew after them."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -260,11 +276,15 @@ class OptimConfig:
             self.freeze_last_layer >= 0,
             f"--freeze-last-layer {self.freeze_last_layer}: give 0 or more epochs",
         )
+        _check(
+            self.head_warmup_steps >= 0,
+            f"--head-warmup-steps {self.head_warmup_steps}: give 0 or more updates",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where and how it runs; none of it changes what is learnt, except precision and seed."""
+    """Where and how it runs; none of it changes what is learnt but by rounding, except the seed."""
 
     out: str = ""
     """Folder of the run. If it holds a run of the same configuration, that run is continued."""
@@ -273,6 +293,14 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute type; parameters and loss stay fp32. auto: bf16 where the device computes it natively, else
     fp16 on a GPU and fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block of a ViT, or of another backbone as a whole. auto: on a GPU. The first step
+    then takes a minute."""
+    attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
+    """Kernel for the attention of vit_*. auto tries on a GPU what is installed and takes the fastest."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block for the backward pass and compute the block again there: far less
+    memory, a quarter more time. vit_* and timm's."""
     seed: int = 0
     """Initial weights, image order, crops and stochastic depth follow from it alone."""
     log_every: int = 10
@@ -322,6 +350,11 @@ class Config:
                 min(sizes) >= patch,
                 f"a crop of {min(sizes)} pixels holds no patch of {patch}: lower --patch-size",
             )
+        _check(
+            not self.optim.head_warmup_steps or bool(self.model.init_from),
+            f"--head-warmup-steps {self.optim.head_warmup_steps} holds the backbone still, and a new one has "
+            "learnt nothing: give --init-from, or 0",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

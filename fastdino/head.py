@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdino.ops import Linear, linear
+
 
 class WeightNormLinear(nn.Module):
     """x (..., D) -> x @ w.T (..., K), row k of w being weight_g[k] * weight_v[k] / ||weight_v[k]||; no bias.
@@ -30,7 +32,7 @@ class WeightNormLinear(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class DINOHead(nn.Module):
@@ -57,12 +59,12 @@ class DINOHead(nn.Module):
         layers: list[nn.Module] = []
         width = in_dim
         for _ in range(nlayers - 1):
-            layers.append(nn.Linear(width, hidden_dim))
+            layers.append(Linear(width, hidden_dim))
             if use_bn:
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
             width = hidden_dim
-        layers.append(nn.Linear(width, bottleneck_dim))
+        layers.append(Linear(width, bottleneck_dim))
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)

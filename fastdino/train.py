@@ -22,7 +22,7 @@ from fastdino.config import PRESETS, Config, to_dict
 from fastdino.data import crops
 from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.dino import DINO
-from fastdino.distributed import choose_device
+from fastdino.distributed import choose_device, parallelize
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn
 from fastdino.monitor import Monitor, plot_curves, read_metrics
@@ -108,10 +108,19 @@ def train(config: Config) -> dict[str, Any]:
             f"--out {out} lies in --data {config.data.data}, whose images it would join: move it"
         )
     note = data.crop_size_warning(source, policy)
+    resumes = bool(checkpoint.checkpoints(out))
+    if cfg.head_warmup_steps >= total:
+        raise ValueError(
+            f"--head-warmup-steps {cfg.head_warmup_steps}: the run has {total} updates, give fewer than those"
+        )
 
     # The network, from the seed alone.
     torch.manual_seed(config.run.seed)
-    dino = DINO(config).to(device).train()
+    dino = DINO(config)
+    begun_from = dino.load_weights(config.model.init_from) if config.model.init_from and not resumes else []
+    dino.to(device).train()
+    for network in (dino.student, dino.teacher):
+        parallelize(network.backbone, config.run, device)
     optimizer = optim.make_optimizer(dino.student, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tensors = dino.state_dict() | {
@@ -139,7 +148,7 @@ def train(config: Config) -> dict[str, Any]:
             scaler.load_state_dict(info["scaler"])
             unreadable = {key: set(paths) for key, paths in info["unreadable"].items()}
             skipped = info["skipped"]
-        if checkpoint.teacher_step(out) != start:  # a new run, or a kill fell between checkpoint and teacher
+        if not resumes or checkpoint.teacher_step(out) != start:  # or a kill fell between the two files
             checkpoint.write_teacher(out / "teacher.safetensors", dino.teacher, config, start)
 
         with Monitor(out, start, total, to_dict(config), config.run.wandb) as monitor:
@@ -160,8 +169,9 @@ def train(config: Config) -> dict[str, Any]:
                 + f" · {len(source)} images, {loader.workers} loader processes · "
                 f"{cfg.epochs} epochs of {steps_per_epoch} updates of {cfg.batch_size} images"
             )
-            if note:
-                monitor.say(note)
+            for line in (*begun_from, note):
+                if line:
+                    monitor.say(line)
             if start:
                 what = "is complete" if start == total else "is continued"
                 monitor.say(f"{out} {what}: step {start} of {total}")
@@ -211,7 +221,7 @@ def train(config: Config) -> dict[str, Any]:
                 return {f"knn_{k}": a for k, a in accuracy.items()}
 
             batches = iter(loader)
-            warmup = optim.warmup_steps(cfg, steps_per_epoch)
+            warmup, head_only = optim.warmup_steps(cfg, steps_per_epoch), cfg.head_warmup_steps
             milestone = config.run.keep_every_epochs * steps_per_epoch
             # Loss and gradient norm of each step since the last log line, read when logging.
             history = torch.zeros(config.run.log_every, 2, device=device)
@@ -226,7 +236,11 @@ def train(config: Config) -> dict[str, Any]:
                     unreadable["epoch"] = set()
 
                 # Schedules.
-                lr = optim.cosine(step, optim.peak_lr(cfg), cfg.min_lr, total, warmup)
+                lr = optim.peak_lr(cfg) * (step + 1) / max(head_only, 1)
+                if step >= head_only:
+                    lr = optim.cosine(
+                        step - head_only, optim.peak_lr(cfg), cfg.min_lr, total - head_only, warmup
+                    )
                 weight_decay = optim.cosine(step, cfg.weight_decay, cfg.weight_decay_end, total)
                 momentum = optim.cosine(step, config.method.momentum_teacher, 1.0, total)
                 for group in optimizer.param_groups:
@@ -250,7 +264,7 @@ def train(config: Config) -> dict[str, Any]:
                     unreadable["run"].update(batch.unreadable)
                     views = [crops.normalize(v.to(device, non_blocking=True), policy) for v in batch.views]
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        piece, mean = dino(views, epoch)
+                        piece, mean = dino(views, epoch, step < head_only)
                     scaler.scale(piece / cfg.accumulate).backward()
                     loss += piece.detach() / cfg.accumulate
                     means.append(mean)

@@ -87,6 +87,12 @@ DEFAULTS = {
     "bottleneck_dim": 256,
     "accumulate": 1,
     "seed": 0,
+    # what official DINO does not have is off
+    "num_register_tokens": 0,
+    "layer_scale": 0.0,
+    "init_from": "",
+    "head_warmup_steps": 0,
+    "activation_checkpointing": False,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "vit-tiny-16": {"arch": "vit_tiny"},
@@ -217,6 +223,9 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
         (ModelConfig, {n: 0}, f"--{n.replace('_', '-')} 0: give 1 or more")
         for n in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim")
     ),
+    (ModelConfig, {"num_register_tokens": -1}, "--num-register-tokens -1: give 0 or more"),
+    (ModelConfig, {"layer_scale": -1e-5}, "--layer-scale -1e-05: give 0 or more"),
+    (ModelConfig, {"layer_scale": NAN}, "--layer-scale nan: give 0 or more"),
     (ModelConfig, {"drop_path_rate": 1.0}, "--drop-path-rate 1.0: give 0 up to, not including, 1"),
     *(
         (MethodConfig, {n: 0.0}, f"--{n.replace('_', '-')} 0.0: a temperature is above 0")
@@ -242,6 +251,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     ),
     (OptimConfig, {"lr": NAN}, "--lr nan: give 0 or more"),
     (OptimConfig, {"freeze_last_layer": -1}, "--freeze-last-layer -1: give 0 or more epochs"),
+    (OptimConfig, {"head_warmup_steps": -1}, "--head-warmup-steps -1: give 0 or more updates"),
     *(
         (RunConfig, {n: 0}, f"--{n.replace('_', '-')} 0: give 1 or more")
         for n in ("log_every", "save_every", "keep", "max_nonfinite")
@@ -259,6 +269,11 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
         Config,
         {"model": ModelConfig(patch_size=256), "data": DataConfig(crops=CROPS["two-crop"])},
         "a crop of 224 pixels holds no patch of 256: lower --patch-size",
+    ),
+    (
+        Config,
+        {"optim": OptimConfig(head_warmup_steps=3)},
+        "--head-warmup-steps 3 holds the backbone still, and a new one has learnt nothing: give --init-from",
     ),
 ]
 
@@ -281,6 +296,10 @@ def test_limits_themselves_are_allowed():
     # without local crops their size says nothing, and a ResNet has no patches
     Config(model=ModelConfig(patch_size=128), data=DataConfig(crops=CROPS["two-crop"]))
     Config(model=ModelConfig(arch="resnet50", patch_size=512))
+    # nor has timm's network patches of this size
+    Config(model=ModelConfig(arch="timm:vit_tiny_patch16_224", patch_size=512))
+    Config(model=ModelConfig(init_from="a.pth"), optim=OptimConfig(head_warmup_steps=3))
+    Config(model=ModelConfig(init_from="a.pth"))
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
@@ -316,6 +335,13 @@ OTHERS = {
     "batch-size": ("128", 128),
     "precision": ("fp16", "fp16"),
     "val": ("some where", "some where"),
+    "arch": ("timm:convnext_atto", "timm:convnext_atto"),
+    "num-register-tokens": ("4", 4),
+    "layer-scale": ("1e-5", 1e-5),
+    "init-from": ("weights.pth", "weights.pth"),
+    "compile": ("off", "off"),
+    "attention": ("varlen", "varlen"),
+    "activation-checkpointing": ("", True),
 }
 
 
@@ -361,8 +387,21 @@ def test_an_unknown_preset_names_the_known_ones(monkeypatch, capsys):
     assert all(name in shown for name in NAMES)
 
 
-def test_an_impossible_value_on_the_command_line_is_told_its_flag(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lr -1", "--lr -1.0: give 0 or more"),
+        ("--num-register-tokens -1", "--num-register-tokens -1: give 0 or more"),
+        ("--layer-scale -1", "--layer-scale -1.0: give 0 or more"),
+        ("--head-warmup-steps 3", "give --init-from, or 0"),
+        ("--compile maybe", "one of ('auto', 'on', 'off')"),
+        ("--attention flash", "one of ('auto', 'sdpa', 'varlen', 'xformers')"),
+    ],
+)
+def test_an_impossible_value_on_the_command_line_is_told_its_flag(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
-        parse(monkeypatch, "demo", "--lr", "-1")
+        parse(monkeypatch, "demo", *arguments.split())
     assert exit_.value.code == 2
-    assert "--lr -1.0: give 0 or more" in capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())  # without its frame
+    assert message in shown
+    assert arguments.split()[0] in shown

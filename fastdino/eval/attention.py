@@ -16,7 +16,7 @@ from fastdino.files import write_atomically
 
 @torch.no_grad()
 def attention_maps(network: Any, images: Tensor) -> Tensor:
-    """CLS attention per head (B, heads, h, w) over the patch grid, summing to less than 1: CLS has the rest.
+    """CLS attention per head (B, heads, h, w) over the patch grid; CLS and registers have the rest of 1.
 
     Args:
         network: a `VisionTransformer` in evaluation mode.
@@ -24,7 +24,9 @@ def attention_maps(network: Any, images: Tensor) -> Tensor:
     """
     patch = network.patch_size
     h, w = images.shape[-2] // patch, images.shape[-1] // patch
-    return network.get_last_selfattention(images)[:, :, 0, 1:].unflatten(-1, (h, w))
+    return network.get_last_selfattention(images)[:, :, 0, -h * w :].unflatten(
+        -1, (h, w)
+    )  # patches come last
 
 
 def plot_attention(

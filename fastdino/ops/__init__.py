@@ -1,13 +1,15 @@
-"""The fused operations, DINO loss and teacher update, in a plain form and in kernels; Sinkhorn's centre."""
+"""The operations with kernels of their own or a choice among others': loss, teacher, attention, linear."""
 
 import torch
 
 from fastdino.ops import native
+from fastdino.ops.attention import attention
 from fastdino.ops.dino_loss import dino_loss
 from fastdino.ops.ema import ema_
+from fastdino.ops.linear import Linear, linear
 from fastdino.ops.sinkhorn import sinkhorn_center
 
-__all__ = ["describe", "dino_loss", "ema_", "sinkhorn_center"]
+__all__ = ["Linear", "attention", "describe", "dino_loss", "ema_", "linear", "sinkhorn_center"]
 
 
 def describe(device: torch.device | str) -> dict[str, str]:
