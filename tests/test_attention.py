@@ -12,7 +12,7 @@ from conftest import CUDA
 from torch import Tensor
 
 from fastdino.ops.attention import PLAIN_TOKENS, Packing, attention, class_attention, packing
-from fastdino.vit import VisionTransformer, vit_nano
+from fastdino.vit import VisionTransformer
 
 OPS = sys.modules["fastdino.ops.attention"]  # fastdino.ops.attention itself is the function
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdino.config import CropPolicy
 from fastdino.data import crops
 from fastdino.eval.attention import attention_maps, plot_attention
-from fastdino.vit import VisionTransformer, vit_nano
+from fastdino.vit import vit_nano
 
 POLICY = CropPolicy(global_crops_size=16, local_crops_number=0)
 

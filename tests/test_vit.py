@@ -629,7 +629,6 @@ def test_copies_and_loaded_networks_give_the_same_numbers_and_share_nothing() ->
         assert own.isdisjoint(p.data_ptr() for p in other.parameters())
 
 
-@pytest.mark.parametrize("training", [False, True])
 def test_a_whole_network_compiles_without_a_graph_break_for_evaluation() -> None:
     model = randomised(vit_nano(4, img_size=16))
     torch._dynamo.reset()
@@ -639,6 +638,7 @@ def test_a_whole_network_compiles_without_a_graph_break_for_evaluation() -> None
         assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("training", [False, True])
 def test_an_empty_batch_gives_no_features(training: bool) -> None:
     model = vit_nano(4, img_size=8, drop_path_rate=0.5).train(training)
     assert model(torch.zeros(0, 3, 8, 8)).shape == (0, 128)
