@@ -1,5 +1,5 @@
 """Shared by all tests: the Triton interpreter where there is no GPU, a fixed seed, the operations'
-implementations, and poisoned memory."""
+implementations, poisoned memory, and Dynamo as it is when it is imported."""
 
 import os
 from collections.abc import Iterator
@@ -38,3 +38,20 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Dynamo without graphs and with its own settings, which `parallelize` changes, put back afterwards.
+
+    (Through `patch`: Dynamo takes `monkeypatch` undoing an attribute for its deletion.)
+    """
+    import torch._dynamo
+    import torch.fx.experimental._config as symbolic
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8), symbolic.patch(use_duck_shape=True):
+        yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()

@@ -1,7 +1,6 @@
 """The device that a flag names, how a backbone is run, and the mean over ranks; test_loss.py has that between
 two real processes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    import torch._dynamo
-    import torch.fx.experimental._config as symbolic
-
-    limit, duck = torch._dynamo.config.recompile_limit, symbolic.use_duck_shape
-    yield
-    torch._dynamo.config.recompile_limit, symbolic.use_duck_shape = limit, duck
+def _settings(dynamo: None) -> None:
+    """Every `parallelize` here may change Dynamo's settings."""
 
 
 @pytest.fixture
@@ -162,7 +156,6 @@ def test_compilation_is_prepared_only_where_there_is_any(flag: Any, compiled: li
     import torch._dynamo
     import torch.fx.experimental._config as symbolic
 
-    torch._dynamo.config.recompile_limit, symbolic.use_duck_shape = 8, True
     parallelize(small_vit(), RunConfig(compile=flag), CPU)
     prepared = (torch._dynamo.config.recompile_limit, symbolic.use_duck_shape)
     assert prepared == ((32, False) if flag == "on" else (8, True))

@@ -557,7 +557,7 @@ def test_bf16_stays_within_a_hundredth_of_float32(tmp_path: Path, images: Path) 
 
 
 def test_a_run_compiles_at_its_start_and_never_again(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, dynamo: None
 ) -> None:
     """Schedules, stochastic depth, pieces, evaluations and last batches: no graph breaks, no new graph."""
     compile_block, seen = torch.nn.Module.compile, []
@@ -566,8 +566,6 @@ def test_a_run_compiles_at_its_start_and_never_again(
         "compile",
         lambda self, **options: compile_block(self, **options, fullgraph=True, backend="eager"),
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", True)
     record = Monitor.record
 
     def count(self: Monitor, step: int, values: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -629,9 +629,8 @@ def test_copies_and_loaded_networks_give_the_same_numbers_and_share_nothing() ->
         assert own.isdisjoint(p.data_ptr() for p in other.parameters())
 
 
-def test_a_whole_network_compiles_without_a_graph_break_for_evaluation() -> None:
+def test_a_whole_network_compiles_without_a_graph_break_for_evaluation(dynamo: None) -> None:
     model = randomised(vit_nano(4, img_size=16))
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for shape in ((2, 3, 16, 16), (3, 3, 8, 13), (5, 3, 12, 16)):
         x = torch.randn(shape)
@@ -908,21 +907,6 @@ def test_features_are_timms_with_the_same_weights(
         got, plain, truth = ours(x), theirs(x), theirs.double()(x.double())
     assert got.shape == (1, ours.embed_dim)
     assert_as_accurate(got, plain, truth)
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """Dynamo without graphs, its settings put back afterwards."""
-    settings, symbols = torch._dynamo.config, torch.fx.experimental._config
-    torch._dynamo.reset()
-    counters.clear()
-    with (
-        settings.patch(recompile_limit=settings.recompile_limit),
-        symbols.patch(use_duck_shape=symbols.use_duck_shape),
-    ):
-        yield
-    torch._dynamo.reset()
-    counters.clear()
 
 
 def compiled_copy(model: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> VisionTransformer:
