@@ -11,7 +11,7 @@ import torch.nn.attention.varlen
 from conftest import CUDA
 from torch import Tensor
 
-from fastdino.ops.attention import PLAIN_TOKENS, Packing, attention, class_attention, packing
+from fastdino.ops.attention import PLAIN_SCORES, Packing, attention, class_attention, packing
 from fastdino.vit import VisionTransformer
 
 OPS = sys.modules["fastdino.ops.attention"]  # fastdino.ops.attention itself is the function
@@ -68,7 +68,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", ["auto", "sdpa"])
 def test_attention_is_the_formula_of_each_image_in_value_and_gradient(impl: str, dtype: torch.dtype) -> None:
-    assert PLAIN_TOKENS in range(197, 785)  # both forms of half precision on a CPU
+    assert PLAIN_SCORES in range(197**2, 785**2)  # both forms of half precision on a CPU
     qkv, upstream = random_qkv(dtype), torch.randn(sum(LENGTHS), HEADS, DIM).to(dtype)
     ours = run(lambda x: attention(x, RUNS, impl), (qkv,), upstream)
     # The plain form in the same dtype: what official DINO computes under autocast.
@@ -120,21 +120,40 @@ def test_strides_of_queries_keys_and_values_do_not_matter(strided: Callable[[Ten
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_weights_are_written_out_for_short_images_in_half_precision_alone(
+def test_weights_are_written_out_in_half_precision_alone_and_in_pieces_for_long_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written: list[tuple[torch.dtype, int]] = []
+    written: list[tuple[torch.dtype, int, int]] = []
     ref = OPS.attention_ref
 
     def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        written.append((k.dtype, k.shape[-2]))
+        written.append((k.dtype, len(k), k.shape[-2]))
         return ref(q, k, v)
 
     monkeypatch.setattr(OPS, "attention_ref", spy)
-    runs = ((1, PLAIN_TOKENS), (1, PLAIN_TOKENS + 1))
+    monkeypatch.setattr(OPS, "PIECE_SCORES", 2 * 257**2)
+    runs = ((5, 256), (5, 257))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        attention(torch.randn(2 * PLAIN_TOKENS + 1, 3, 1, 8).to(dtype), runs)
-    assert written == [(torch.bfloat16, PLAIN_TOKENS), (torch.float16, PLAIN_TOKENS)]
+        attention(torch.randn(5 * (256 + 257), 3, 1, 8).to(dtype), runs)
+    half = [[(dtype, 5, 256), *[(dtype, n, 257) for n in (2, 2, 1)]] for dtype in DTYPES[1:]]
+    assert written == half[0] + half[1]
+
+
+@pytest.mark.parametrize("images", [1, 3, 5])
+def test_pieces_are_a_proper_operator_and_the_formula_at_any_size(
+    images: int, monkeypatch: pytest.MonkeyPatch, poison: None
+) -> None:
+    monkeypatch.setattr(OPS, "PIECE_SCORES", 2 * 3 * 7 * 9)
+    q, k, v = (torch.randn(images, 3, n, d).bfloat16().requires_grad_() for n, d in ((7, 8), (9, 8), (9, 5)))
+    torch.library.opcheck(OPS.attention_pieces, (q, k, v))
+    upstream = torch.randn(images, 3, 7, 5).bfloat16()
+    ours = run(OPS.attention_pieces, (q, k, v), upstream)
+    plain = run(OPS.attention_ref, (q, k, v), upstream)
+    truth = run(OPS.attention_ref, (q.double(), k.double(), v.double()), upstream)
+    for a, b, true in zip(ours, plain, truth, strict=True):
+        assert a.dtype == torch.bfloat16
+        error, allowed = ((x.double() - true).norm() for x in (a, b))
+        assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps * true.norm()
 
 
 def test_a_sequence_of_no_images_has_no_attention() -> None:

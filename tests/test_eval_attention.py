@@ -121,4 +121,4 @@ def test_the_picture_opens_and_needs_no_display(n, patch, tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["attention.png"]
 
 
-# Images of one token, of DINO's crops, and of more than PLAIN_TOKENS; none; one length that comes again.
+# Images of one token, of DINO's crops, and of more than 256; none; one length that comes again.

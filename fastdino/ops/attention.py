@@ -10,7 +10,7 @@ length: ((8, 197), (32, 37)) is eight images of 197 tokens, then 32 of 37. Imple
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ from torch import Tensor
 IMPLS = ("sdpa", "varlen", "xformers")
 Runs = tuple[tuple[int, int], ...]
 
-# Tokens up to which the weights are written out on a CPU in half precision. torch 2.15's fused CPU kernel
-# takes 43 ms for the backward of 128 images of 65 tokens (4 heads of 32, bf16, two AVX-512 cores), the plain
-# form 4 ms. Beyond some hundred tokens the plain form's N x N weights cost too much memory.
-PLAIN_TOKENS = 256
+# On a CPU, in half precision, torch 2.15's fused attention is slower than the matrix products of oneDNN: bf16
+# forward and backward of 8 x 6 heads of 785 tokens took 125 ms, `attention_ref` 113, `attention_pieces` 67;
+# of 197 tokens 15, 4 and 6 (two AVX-512 cores).
+PLAIN_SCORES = 256 * 256  # of an image and head, up to which the weights are written out
+PIECE_SCORES = 1 << 20  # at a time, above: they stay in the cache from one pass to the next
 
 
 class Packing(NamedTuple):
@@ -141,10 +142,51 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
+def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:
+    images = max(1, PIECE_SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
+    return (slice(i, i + images) for i in range(0, len(q), images))
+
+
+@torch.library.custom_op("fastdino::attention_pieces", mutates_args=())
+def attention_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention_ref` for a few images at a time, whose weights stay in the cache and are not kept."""
+    out = _like(q, v.shape[-1])
+    for i in _pieces(q, k):
+        out[i] = attention_ref(q[i], k[i], v[i])
+    return out
+
+
+@torch.library.custom_op("fastdino::attention_pieces_backward", mutates_args=())
+def _attention_pieces_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    dq, dk, dv = (_like(x, x.shape[-1]) for x in (q, k, v))
+    for i in _pieces(q, k):
+        scaled = q[i] * q.shape[-1] ** -0.5
+        weights = (scaled @ k[i].transpose(-2, -1)).softmax(dim=-1)
+        dv[i] = weights.transpose(-2, -1) @ grad[i]
+        scores = torch._softmax_backward_data(grad[i] @ v[i].transpose(-2, -1), weights, -1, weights.dtype)
+        dq[i] = (scores @ k[i]) * q.shape[-1] ** -0.5
+        dk[i] = scores.transpose(-2, -1) @ scaled
+    return [dq, dk, dv]
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """Memory for (B, heads, N, channels) that lies as (B, N, heads, channels), as what comes next wants."""
+    images, heads, tokens, _ = x.shape
+    return x.new_empty(images, tokens, heads, channels).transpose(1, 2)
+
+
+attention_pieces.register_fake(lambda q, k, v: _like(q, v.shape[-1]))
+_attention_pieces_backward.register_fake(lambda grad, *qkv: [_like(x, x.shape[-1]) for x in qkv])
+attention_pieces.register_autograd(
+    lambda ctx, grad: tuple(_attention_pieces_backward(grad, *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 def _sdpa_run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type == "cpu" and half and k.shape[-2] <= PLAIN_TOKENS:
-        return attention_ref(q, k, v)
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        plain = q.shape[-2] * k.shape[-2] <= PLAIN_SCORES or torch.compiler.is_exporting()
+        return attention_ref(q, k, v) if plain else attention_pieces(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
