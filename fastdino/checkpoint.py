@@ -10,7 +10,10 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,8 +23,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from fastdino.config import Config, from_dict, to_dict
+from fastdino.distributed import cpu_group, gather, on_first, rank, ranks, whole
 from fastdino.files import sync, write_atomically
 
 # Fields that a continued run may change: none of them touches what is learnt.
@@ -40,6 +45,7 @@ FREE = {
     "run.max_nonfinite",
     "run.wandb",
     "run.compile",
+    "run.parallel",
     "run.attention",
     "run.activation_checkpointing",
 }
@@ -111,26 +117,114 @@ def _check_same_run(out: Path, config: Config) -> None:
         )
 
 
+class Saver:
+    """Writes a run's checkpoints while it goes on: `save` copies the tensors, another thread writes them.
+
+    All ranks take part, each with what it has (torch.distributed.checkpoint); rank 0 alone makes a checkpoint
+    of what they wrote, by a rename once all of it is on the disk, then writes the teacher and removes what is
+    no longer kept. A write that fails leaves the checkpoints before it and is reported by the next `finish`.
+
+    Args:
+        out: the run's folder, the same one for all ranks.
+        keep, keep_every: see `prune`.
+    """
+
+    def __init__(self, out: Path, keep: int = 2, keep_every: int = 0) -> None:
+        self.out, self.keep, self.keep_every = out, keep, keep_every
+        self.group = cpu_group("checkpoints")  # its own: the thread's messages must not mix with others
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.pending: tuple[int, Future[None]] | None = None
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        info: dict[str, Any],
+        write_teacher: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin to write checkpoint `step`: named tensors, sharded or not, and a JSON-able dict.
+
+        The tensors may change as soon as this returns. The thread of rank 0 calls `write_teacher`. Call
+        `finish` before.
+        """
+        assert self.pending is None
+        folder = self.out / "checkpoints"
+        beside = folder / f".step_{step}.tmp"
+        if rank() == 0:
+            folder.mkdir(exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+        # One process is what is meant. For good: it is DCP's thread that would warn.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        written = dcp.async_save(
+            tensors, checkpoint_id=beside, process_group=self.group, no_dist=self.group is None
+        )
+        self.pending = step, self.thread.submit(self._complete, step, written, info, write_teacher)
+
+    def _complete(
+        self, step: int, written: Any, info: dict[str, Any], write_teacher: Callable[[], None]
+    ) -> None:
+        metadata = written.result()
+        if rank() != 0:
+            return
+        folder = self.out / "checkpoints"
+        final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
+        for its in metadata.storage_data.values():
+            if not (beside / its.relative_path).exists():
+                raise OSError(
+                    f"{beside / its.relative_path}, which another rank wrote, is not here: --out must be on "
+                    "a file system that all machines share"
+                )
+        (beside / "info.json").write_text(json.dumps(info))
+        for path in beside.iterdir():
+            sync(path)
+        sync(beside)
+        old = folder / f".step_{step}.old.tmp"
+        if final.exists():
+            os.replace(final, old)
+        os.replace(beside, final)
+        sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        write_teacher()
+        prune(self.out, self.keep, self.keep_every)
+
+    def finish(self) -> str:
+        """Wait for the last `save`. Returns why it failed, if it did; the same on all ranks."""
+        if self.pending is None:
+            return ""
+        step, future = self.pending
+        self.pending = None
+        try:
+            future.result()
+            error = ""
+        except (
+            Exception,
+            CheckpointException,
+        ) as caught:  # the disk's, or DCP's of all ranks: a BaseException
+            error = f"checkpoint {step} could not be written: {_reason(caught)}"
+        return next(filter(None, gather(error)), "")
+
+    def close(self) -> None:
+        """End the thread, after the last save; with other ranks, that may be dead, it is not waited for."""
+        self.thread.shutdown(wait=ranks() == 1)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, of an error that may hold those of several ranks."""
+    failures = getattr(error, "failures", None)  # DCP's
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def save(out: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-    """Write checkpoint `step` of the run in `out`: named tensors and a JSON-able dict. Returns its folder."""
-    folder = out / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
-        dcp.save(tensors, checkpoint_id=beside, no_dist=True)
-    (beside / "info.json").write_text(json.dumps(info))
-    for path in beside.iterdir():
-        sync(path)
-    sync(beside)
-    old = folder / f".step_{step}.old.tmp"
-    if final.exists():
-        os.replace(final, old)
-    os.replace(beside, final)
-    sync(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return final
+    """Write checkpoint `step` of the run in `out` and wait for it. Returns its folder; raises OSError."""
+    saver = Saver(out, keep=sys.maxsize)
+    saver.save(step, tensors, info)
+    error = saver.finish()
+    saver.close()
+    if error:
+        raise OSError(error)
+    return out / "checkpoints" / f"step_{step}"
 
 
 def checkpoints(out: Path) -> dict[int, Path]:
@@ -140,11 +234,44 @@ def checkpoints(out: Path) -> dict[int, Path]:
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` in place from checkpoint folder `path`; returns what `save` was given as `info`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    return json.loads((path / "info.json").read_text())
+    """Fill `tensors` in place from checkpoint folder `path`; returns what `save` was given as `info`.
+
+    However many ranks wrote it, and whether they held whole tensors or parts.
+
+    Raises:
+        ValueError: it cannot be read, on any rank; the tensors may then hold anything.
+    """
+    error = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")
+            dcp.load(tensors, checkpoint_id=path, process_group=cpu_group(), no_dist=ranks() == 1)
+        info = json.loads((path / "info.json").read_text())
+    except (Exception, CheckpointException) as caught:  # a damaged file can make the reader raise anything
+        error = f"{path} cannot be read: {_reason(caught)}"
+    if error := next(filter(None, gather(error)), ""):
+        raise ValueError(error)
+    return info
+
+
+def load_newest(out: Path, tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any], list[str]]:
+    """Fill `tensors` from the newest checkpoint of the run in `out` that can be read.
+
+    Returns:
+        its step and info, and a sentence on each newer one that cannot; step 0 and no info if there is none.
+
+    Raises:
+        ValueError: there are some, and none can be read.
+    """
+    problems: list[str] = []
+    for step in on_first(lambda: list(reversed(checkpoints(out)))):
+        try:
+            return step, load(out / "checkpoints" / f"step_{step}", tensors), problems
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join([*problems, f"No checkpoint of {out} is left: give another --out."]))
+    return 0, {}, []
 
 
 def prune(out: Path, keep: int, keep_every: int) -> None:
@@ -164,20 +291,33 @@ def prune(out: Path, keep: int, keep_every: int) -> None:
             shutil.rmtree(doomed)
 
 
-def write_teacher(path: Path, teacher: nn.Module, config: Config, step: int) -> None:
-    """Write the teacher, `backbone.*` and `head.*`, as one file with its configuration inside."""
-    state = {name: value.detach().cpu().contiguous() for name, value in teacher.state_dict().items()}
+def copied(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's tensors in the CPU's memory, put together if sharded; of rank 0, else empty."""
+    state: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        value = whole(value.detach())
+        if rank() == 0:
+            state[name] = value.to("cpu", copy=True).contiguous()
+    return state
+
+
+def write_teacher(path: Path, teacher: nn.Module | dict[str, Tensor], config: Config, step: int) -> None:
+    """Write the teacher, or what `copied` made of it, as one file with its configuration inside."""
+    state = copied(teacher) if isinstance(teacher, nn.Module) else teacher
     metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
     write_atomically(path, lambda beside: save_file(state, beside, metadata=metadata))
 
 
 def teacher_step(out: Path) -> int | None:
-    """The step of the teacher.safetensors in `out`, or None if there is none."""
+    """The step of the teacher.safetensors in `out`, or None if there is none that can be read."""
     path = out / "teacher.safetensors"
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["step"])
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None  # damaged: it is written anew
 
 
 def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], Config]:

@@ -296,6 +296,10 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block of a ViT, or of another backbone as a whole. auto: on a GPU. The first step
     then takes a minute."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several ranks share a model. ddp: each holds all of it. fsdp: each holds a part, gathered when
+    needed. hsdp: fsdp within a node, ddp between nodes. auto: ddp up to ViT-B; from ViT-L on fsdp, over
+    several nodes hsdp."""
     attention: Literal["auto", "sdpa", "varlen", "xformers"] = "auto"
     """Kernel for the attention of vit_*. auto tries on a GPU what is installed and takes the fastest."""
     activation_checkpointing: bool = False
@@ -304,7 +308,8 @@ class RunConfig:
     seed: int = 0
     """Initial weights, image order, crops and stochastic depth follow from it alone."""
     log_every: int = 10
-    """Updates between two lines of metrics.jsonl; only these wait for the GPU."""
+    """Updates between two lines of metrics.jsonl; only these wait for the GPU. Where there are several ranks
+    they stop for a signal at these."""
     save_every: int = 500
     """Updates between two checkpoints. One is also written after each epoch of --keep-every-epochs, and at
     the end."""

@@ -334,7 +334,11 @@ class DINO(nn.Module):
         return list(dict.fromkeys(notes))  # teacher and student mostly say the same
 
     def forward(
-        self, crops: list[Tensor], epoch: int, freeze_backbone: bool = False
+        self,
+        crops: list[Tensor],
+        epoch: int,
+        freeze_backbone: bool = False,
+        student: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss of one batch, and the mean of its teacher logits for `loss.update_center`.
 
@@ -345,6 +349,7 @@ class DINO(nn.Module):
             crops: V tensors (B, C, H, W), the global crops first.
             epoch: from 0; selects the teacher temperature.
             freeze_backbone: the student's head alone gets a gradient.
+            student: what is called in the student's place, as its DistributedDataParallel.
 
         Returns:
             loss: scalar, float32.
@@ -352,7 +357,7 @@ class DINO(nn.Module):
         """
         with torch.no_grad():
             teacher_output = self.teacher(crops[: self.n_global])
-        student_output = self.student(crops, freeze_backbone)
+        student_output = (student or self.student)(crops, freeze_backbone)
         # these logits have no other reader: the last layer's backward needs its input alone
         return self.loss.cross_entropy(student_output, teacher_output, epoch, inplace_backward=True)
 

@@ -150,5 +150,13 @@ class DINOLoss(nn.Module):
         """
         if self.centering == "ema":
             rows = teacher_output.to(self.center.dtype).reshape(-1, self.center.shape[1])
-            batch = mean_over_ranks_(rows.mean(dim=0, keepdim=True))
-            self.center.lerp_(batch, 1 - self.center_momentum)
+            self.move_center(mean_over_ranks_(rows.mean(dim=0)))
+
+    @torch.no_grad()
+    def move_center(self, mean: Tensor) -> None:
+        """`update_center` with the mean (K,) over all images, global crops and ranks, for who has it.
+
+        So a trainer can send it behind the backward pass.
+        """
+        if self.centering == "ema":
+            self.center.lerp_(mean.to(self.center.dtype).unsqueeze(0), 1 - self.center_momentum)

@@ -26,12 +26,24 @@ class Monitor:
         start, total: first and last step.
         config: what W&B shows as the run's configuration.
         wandb: W&B project, or empty.
+        quiet: of several ranks, one writes and shows; the others do neither.
 
     Raises:
         ValueError: W&B is asked for and not installed.
     """
 
-    def __init__(self, out: Path, start: int, total: int, config: dict[str, Any], wandb: str = "") -> None:
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        total: int,
+        config: dict[str, Any],
+        wandb: str = "",
+        quiet: bool = False,
+    ) -> None:
+        self.quiet = quiet
+        if quiet:
+            return
         if wandb:
             try:
                 import wandb as library
@@ -68,12 +80,15 @@ class Monitor:
         self.last_line = -math.inf
 
     def __enter__(self) -> "Monitor":
-        self.bar.start()
+        if not self.quiet:
+            self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.quiet:
+            return
         self.bar.stop()
         self.file.close()
         self.tensorboard.close()
@@ -82,13 +97,16 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False)
+        if not self.quiet:
+            self.console.print(text, markup=False)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Keep `values` of `step`: a line of metrics.jsonl, and the numbers to TensorBoard and W&B.
 
         In metrics.jsonl a number that is not finite is null: JSON knows no other way.
         """
+        if self.quiet:
+            return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         self.file.flush()
@@ -100,6 +118,8 @@ class Monitor:
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Move the bar to `step`; without a terminal, print a line every now and then."""
+        if self.quiet:
+            return
         learnt = f"loss {values['loss']:.3f} lr {values['lr']:.1e} {values['images_per_s']:.0f} img/s"
         # Any longer, and on 80 columns the bar and the time left would lose their places.
         self.bar.update(self.task, completed=step, text=f"{learnt} wait {values['data_wait']:.0%}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.config import OptimConfig
+from fastdino.distributed import is_sharded, local, norms, sharded_like
 
 
 def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) -> float:
@@ -68,15 +69,20 @@ class LARS(torch.optim.Optimizer):
         """One update from the parameters' gradients."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad
-                if p.ndim > 1:
-                    update = update + group["weight_decay"] * p
-                    weight_norm, update_norm = p.norm(), update.norm()
-                    trust = group["eta"] * weight_norm / update_norm
-                    update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
+            given = [p for p in group["params"] if p.grad is not None]
+            updates = [p.grad for p in given]
+            scaled = [i for i, p in enumerate(given) if p.ndim > 1]
+            if scaled:
+                for i in scaled:
+                    updates[i] = updates[i] + group["weight_decay"] * given[i]
+                like = getattr(given[0], "sharded", None)
+                weight_norms, update_norms = (norms([x[i] for i in scaled], like) for x in (given, updates))
+                trust = torch.where(
+                    (weight_norms > 0) & (update_norms > 0), group["eta"] * weight_norms / update_norms, 1.0
+                )
+                for i, factor in zip(scaled, trust.unbind(), strict=True):
+                    updates[i] = updates[i] * factor
+            for p, update in zip(given, updates, strict=True):
                 buffer = self.state[p]["momentum_buffer"]
                 update = group["momentum"] * buffer + update
                 if found_inf is not None:
@@ -92,8 +98,13 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
     A parameter's state made early equals the state made at its first gradient: zeros. AdamW and SGD are
     torch's fused ones, which can skip a non-finite step on the device.
+
+    Of sharded parameters it has this rank's shards, as tensors of their own in the same memory, to which
+    `hand_over_gradients` gives theirs: a fused step knows no DTensor, and needs none.
     """
     groups = param_groups(model)
+    for group in groups:
+        group["params"] = [_shard(p) for p in group["params"]]
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -112,13 +123,33 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     return optimizer
 
 
+def _shard(p: nn.Parameter) -> nn.Parameter:
+    if not is_sharded(p):
+        return p
+    shard = nn.Parameter(local(p.detach()))
+    shard.sharded = p  # type: ignore[attr-defined]
+    return shard
+
+
+def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser's shards the gradients of what they are shards of; call it before using them."""
+    for group in optimizer.param_groups:
+        for shard in group["params"]:
+            if (p := getattr(shard, "sharded", None)) is not None:
+                shard.grad = None if p.grad is None else local(p.grad)
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state tensors by `<parameter name>.<entry>`; writing to them restores the optimiser."""
+    """The optimiser's state tensors by `<parameter name>.<entry>`; writing to them restores the optimiser.
+
+    Of sharded parameters they are sharded as those, on the optimiser's memory.
+    """
+    shards = {id(getattr(p, "sharded", p)): p for group in optimizer.param_groups for p in group["params"]}
     return {
-        f"{name}.{entry}": value
+        f"{name}.{entry}": sharded_like(parameter, value) if value.ndim else value
         for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for entry, value in optimizer.state[parameter].items()
+        if id(parameter) in shards
+        for entry, value in optimizer.state[shards[id(parameter)]].items()
     }
 
 
@@ -134,14 +165,15 @@ def clip_gradients(model: nn.Module, limit: float, mode: str) -> Tensor:
     """Scale gradients in place to norm `limit` at most (0: leave them) and return the norm they had together.
 
     `per_tensor` scales each by limit / (its norm + 1e-6) where that is below 1, as official DINO; `global`
-    scales all by the same factor from their common norm. The norm is a scalar on the gradients' device.
+    scales all by the same factor from their common norm. Of sharded gradients the norm is that of the whole.
+    The norm is a scalar on the gradients' device.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    total = torch.linalg.vector_norm(norms)
+    each = norms(grads)
+    total = torch.linalg.vector_norm(each)
     if limit > 0:
-        factors = (limit / ((norms if mode == "per_tensor" else total.expand(len(grads))) + 1e-6)).clamp(
+        factors = (limit / ((each if mode == "per_tensor" else total.expand(len(grads))) + 1e-6)).clamp(
             max=1.0
         )
-        torch._foreach_mul_(grads, list(factors.unbind()))
+        torch._foreach_mul_([local(grad) for grad in grads], list(factors.unbind()))
     return total

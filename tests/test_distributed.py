@@ -2,12 +2,13 @@
 two real processes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
 from fastdino.config import RunConfig
@@ -36,7 +37,12 @@ def test_a_group_of_one_leaves_the_tensor(tmp_path: Path):
 def test_the_sum_over_ranks_is_divided_by_their_number_in_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(torch.arange(3.0)))  # what three others have
+
+    def others(x: Tensor, async_op: bool) -> Any:
+        x.add_(torch.arange(3.0))  # what the three others have
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", others)
     x = torch.tensor([[2.0, 3.0, 4.0]])
     assert mean_over_ranks_(x) is x
     assert x.tolist() == [[0.5, 1.0, 1.5]]

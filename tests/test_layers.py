@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
     ("ops", "config", "files"),
-    ("distributed", "optim"),
+    ("distributed",),
+    ("optim",),
     ("adapter", "checkpoint", "data", "head", "loss", "vit", "monitor"),
     ("dino",),
     ("eval", "export"),

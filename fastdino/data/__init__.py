@@ -28,6 +28,7 @@ __all__ = [
     "crop_size_warning",
     "make_loader",
     "open_source",
+    "share_of",
     "steps_per_epoch",
 ]
 
@@ -55,6 +56,17 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
             f"--batch-size {batch_size} is larger than the {n} images: lower it to {n} or less, or add images"
         )
     return n // batch_size
+
+
+def share_of(batch_size: int, pieces: int, ranks: int) -> int:
+    """Images that a rank gets of each piece of a batch; raises ValueError where it does not divide."""
+    if batch_size % (pieces * ranks):
+        raise ValueError(
+            f"--batch-size {batch_size} is not a multiple of --accumulate {pieces}"
+            + (f" times {ranks} ranks" if ranks > 1 else "")
+            + ": change one of them"
+        )
+    return batch_size // pieces // ranks
 
 
 def crop_size_warning(source: Source, policy: CropPolicy) -> str | None:
@@ -95,28 +107,31 @@ def make_loader(
     total_steps: int,
     workers: int,
     pin: bool,
+    rank: int = 0,
+    ranks: int = 1,
+    local_ranks: int = 1,
 ) -> "Loader":
-    """The batches of steps start_step to total_steps - 1; a step has `pieces`, of batch_size / pieces.
+    """One rank's share of the batches of steps start_step to total_steps - 1.
+
+    A step has `pieces`, of which each rank gets batch_size / pieces / ranks images, neighbours in the order.
 
     The order of images follows from (seed, epoch), their crops from (seed, epoch, index): a run resumed at
-    any step, with any number of workers, sees what the uninterrupted run would have seen. A file that cannot
-    be read gives its place to the next one that can, with the crops of the first; after 100 in a row
-    iterating raises Unreadable.
+    any step, with any number of workers and ranks, sees what the uninterrupted run would have seen. A file
+    that cannot be read gives its place to the next one that can, with the crops of the first; after 100 in a
+    row iterating raises Unreadable.
 
-    workers: processes; 0 loads in this one, -1 takes the cores that this process may use, less one. pin:
-    batches come in pinned memory. Raises ValueError where batch_size is larger than the source or not a
-    multiple of pieces; iterating raises RuntimeError if a worker dies.
+    workers: processes; 0 loads in this one, -1 takes the cores that this process may use, shared with the
+    local_ranks - 1 others on this machine, less one. pin: batches come in pinned memory. Raises ValueError
+    where batch_size is larger than the source or no multiple of pieces times ranks; iterating raises
+    RuntimeError if a worker dies.
     """
-    if batch_size % pieces:
-        raise ValueError(
-            f"--batch-size {batch_size} is not a multiple of --accumulate {pieces}: change one of them"
-        )
     steps_per_epoch(len(source), batch_size)
-    workers = choose_workers(batch_size // pieces) if workers < 0 else workers
+    share = share_of(batch_size, pieces, ranks)
+    workers = choose_workers(share, local_ranks) if workers < 0 else workers
     return Loader(
         DataLoader(
             _Crops(source, policy, seed),
-            batch_sampler=_Order(len(source), batch_size, pieces, seed, start_step, total_steps),
+            batch_sampler=_Order(len(source), batch_size, share, seed, start_step, total_steps, rank, ranks),
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=pin,
@@ -194,27 +209,37 @@ def _split(pixels: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, index), one for each piece of each step."""
+    """Lists of (epoch, index), one for each piece of each step: this rank's `share` of it."""
 
     def __init__(
-        self, n: int, batch_size: int, pieces: int, seed: int, start_step: int, total_steps: int
+        self,
+        n: int,
+        batch_size: int,
+        share: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        rank: int,
+        ranks: int,
     ) -> None:
-        self.n, self.batch_size, self.pieces, self.seed = n, batch_size, pieces, seed
+        self.n, self.batch_size, self.share, self.seed = n, batch_size, share, seed
         self.steps = range(start_step, total_steps)
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        return len(self.steps) * self.pieces
+        return len(self.steps) * (self.batch_size // (self.share * self.ranks))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = steps_per_epoch(self.n, self.batch_size)
-        size = self.batch_size // self.pieces
+        share, piece = self.share, self.share * self.ranks
         current = -1
         for step in self.steps:
             epoch, place = divmod(step, per_epoch)
             if epoch != current:
                 order, current = epoch_order(self.n, self.seed, epoch), epoch
-            for start in range(place * self.batch_size, (place + 1) * self.batch_size, size):
-                yield [(epoch, i) for i in order[start : start + size].tolist()]
+            for first in range(place * self.batch_size, (place + 1) * self.batch_size, piece):
+                start = first + self.rank * share
+                yield [(epoch, i) for i in order[start : start + share].tolist()]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -275,7 +300,8 @@ def _init_worker(worker: int) -> None:
 
     Ctrl-C and job managers signal the whole process group, while the trainer needs batches to end its step.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -289,8 +315,11 @@ def _obey(parent: int) -> None:
     os._exit(0)
 
 
-def choose_workers(batch: int) -> int:
-    """Cores that this process may use, less one for itself; no more than there are images in a batch."""
+def choose_workers(batch: int, local_ranks: int = 1) -> int:
+    """Cores that this process may use, less one for itself; no more than there are images in a batch.
+
+    `local_ranks` processes of this machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open(_CPU_QUOTA) as file:  # a container's share: "200000 100000" is two cores
@@ -298,4 +327,4 @@ def choose_workers(batch: int) -> int:
         cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass
-    return max(1, min(cores - 1, batch))
+    return max(1, min(cores // local_ranks - 1, batch))

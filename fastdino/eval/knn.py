@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdino import distributed
 from fastdino.config import CropPolicy
 from fastdino.data.sources import Source
 from fastdino.eval.features import extract
@@ -126,10 +127,22 @@ def evaluate_knn(
     for source in (train, val) if val is not None else (train,):
         assert source.labels is not None  # check_classes
         n = len(source)
-        indices = sorted({int(i) for i in np.linspace(0, n - 1, limit)}) if 0 < limit < n else None
-        features, kept = extract(network, source, policy, indices=indices, **extract_options)
+        indices = sorted({int(i) for i in np.linspace(0, n - 1, limit)}) if 0 < limit < n else list(range(n))
+        with distributed.together():
+            part = extract(
+                network,
+                source,
+                policy,
+                indices=indices[distributed.rank() :: distributed.ranks()],
+                **extract_options,
+            )
+        features, kept = map(torch.cat, zip(*distributed.gather(part), strict=True))
         names = np.array([train.classes.index(name) for name in source.classes])
         extracted.append((features, torch.from_numpy(names[source.labels[kept.numpy()]])))
-    return knn_accuracy(
-        *extracted[0], *(extracted[1] if val is not None else ()), ks=ks, temperature=temperature
-    )
+
+    def accuracy() -> dict[int, float]:
+        return knn_accuracy(
+            *extracted[0], *(extracted[1] if val is not None else ()), ks=ks, temperature=temperature
+        )
+
+    return distributed.on_first(accuracy)

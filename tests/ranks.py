@@ -1,0 +1,189 @@
+"""What several processes run in the tests: `torchrun ... ranks.py FILE`, with a list of jobs as JSON in FILE.
+
+A job is the keywords of tiny.make_config and what is to go wrong: `stop` {rank, step}: that rank gets SIGTERM
+in that update; `kill` {rank, step, when}: it dies of SIGKILL, once, in the "update", about to "write" the
+checkpoint of that step or, rank 0, to "rename" it; `raise` {rank, step}: it raises; `full` {rank, bytes}: its
+files cannot grow beyond so many bytes. `batch_norm` and `draws`: see the functions of these names.
+"""
+
+import atexit
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import make_config
+from torch.distributed.checkpoint import filesystem
+
+from fastdino import checkpoint, data, distributed, train, vit
+from fastdino.dino import DINO
+
+
+def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:
+    """Run `jobs` in so many processes; returns the finished torchrun, its text in stdout and stderr."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs, default=str))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, *options, __file__, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)} | env,
+        check=False,
+    )
+
+
+def in_update(step: int, act: Callable[[], None]) -> None:
+    """Have `act` called in the forward pass of update `step` of this process."""
+    original, count = DINO.forward, 0
+
+    def forward(self: DINO, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            act()
+        return original(self, *args)
+
+    DINO.forward = forward  # type: ignore[method-assign]
+
+
+def once(marker: Path) -> bool:
+    """Whether this is the first time."""
+    if marker.exists():
+        return False
+    marker.touch()
+    return True
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare(job: dict[str, Any], rank: int) -> None:
+    """Have go wrong what `job` says."""
+    out = Path(job["out"])
+
+    def mine(name: str) -> Any:
+        what = job.pop(name, None)
+        return what if what and what["rank"] == rank else None
+
+    if what := mine("stop"):
+        in_update(what["step"], lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if what := mine("raise"):
+
+        def fail() -> None:
+            raise RuntimeError("something broke here")
+
+        in_update(what["step"], fail)
+    if what := mine("full"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (what["bytes"], what["bytes"]))
+    if (what := mine("kill")) and once(out.with_name(f"{out.name}.killed")):
+        if what["when"] == "update":
+            in_update(what["step"], die)
+        elif what["when"] == "write":
+            write = filesystem.FileSystemWriter.write_data
+
+            def write_data(self: Any, *args: Any) -> Any:
+                if f".step_{what['step']}.tmp" in str(self.path):
+                    (Path(self.path) / "__half__.distcp").write_bytes(b"half")
+                    die()
+                return write(self, *args)
+
+            filesystem.FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+        else:
+            sync = checkpoint.sync
+
+            def before_rename(path: Path) -> None:
+                if path.name == f".step_{what['step']}.tmp":
+                    die()
+                sync(path)
+
+            checkpoint.sync = before_rename
+
+
+def keep_draws(folder: Path, rank: int) -> None:
+    """Write down what this rank draws: crops by (epoch, index), and orders of stochastic depth."""
+    seen: list[Any] = []
+    kept, items = vit.draw_kept, data._Crops.__getitems__
+
+    def draw_kept(images: int, rates: Any) -> Any:
+        drawn = kept(images, rates)
+        seen.append(drawn[0].flatten().tolist())
+        return drawn
+
+    def getitems(self: Any, wanted: Any) -> Any:
+        seen.append(wanted)
+        return items(self, wanted)
+
+    def write() -> None:
+        (folder / f"draws_{rank}.json").write_text(json.dumps(seen))
+
+    vit.draw_kept, data._Crops.__getitems__ = draw_kept, getitems
+    atexit.register(write)
+
+
+def batch_norm(folder: Path) -> None:
+    """Batch norm in step, forward and backward, on this rank's share of a batch; rank 0 writes it down."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    results = {}
+    for shape in ((6, 5), (6, 3, 4, 2)):
+        x, upstream = (torch.randn(shape, generator=generator) * 3 + 100 for _ in range(2))
+        norm = torch.nn.BatchNorm1d(shape[1]) if len(shape) == 2 else torch.nn.BatchNorm2d(shape[1])
+        distributed._synchronize_batch_norm(norm, torch.device("cpu"))
+        mine = x.chunk(ranks)[rank].clone().requires_grad_()
+        norm(mine).backward(upstream.chunk(ranks)[rank])
+        parts = distributed.gather((norm(mine).detach(), mine.grad))
+        gradient = sum(distributed.gather(norm.weight.grad))
+        results[str(len(shape))] = {
+            "out": torch.cat([out for out, _ in parts]),
+            "grad": torch.cat([grad for _, grad in parts]),
+            "weight_grad": gradient,
+            "mean": norm.running_mean,
+            "var": norm.running_var,
+        }
+    if rank == 0:
+        torch.save(results, folder / "batch_norm.pt")
+
+
+def main() -> None:
+    """All jobs of the file, one after the other, in one process group."""
+    with distributed.joined("cpu"):
+        run()
+
+
+def run() -> None:
+    """All jobs of the file."""
+    if "LOCAL_RANKS" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_RANKS"]
+    place = distributed.place()
+    path = Path(sys.argv[1])
+    for job in json.loads(path.read_text()):
+        if job.pop("batch_norm", False):
+            batch_norm(path.parent)
+            continue
+        if job.pop("draws", False):
+            keep_draws(path.parent, place.rank)
+        forward = DINO.forward
+        scaler = torch.amp.GradScaler, train.ShardedGradScaler
+        if job.get("precision") == "fp16":  # at the scale that it begins with all these updates overflow
+            torch.amp.GradScaler, train.ShardedGradScaler = (partial(s, init_scale=1.0) for s in scaler)  # type: ignore[misc,assignment]
+        prepare(job, place.rank)
+        config = make_config(Path(job.pop("images")), Path(job.pop("out")), **job)
+        train.command(config)
+        DINO.forward = forward  # type: ignore[method-assign]
+        torch.amp.GradScaler, train.ShardedGradScaler = scaler  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    main()
