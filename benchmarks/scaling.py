@@ -13,6 +13,8 @@ an image's file. The prediction adds them up:
                student's backward pass (half of the FLOPs), gathers behind all of it
     efficiency compute / (compute + exposed), for the same images a GPU on every scale
 
+An upper bound: links reach their speed, no rank waits for a slower one, sending takes nothing from computing.
+
 DDP reduces gradients of 4 bytes a parameter, once an update. FSDP2 gathers bf16 parameters of the student
 (forward, and its blocks again backward) and of the teacher, and reduces float32 gradients. HSDP does that
 within a node, and reduces each rank's share of the gradients between nodes. All send the centre: K numbers.
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--image-kb", type=float, default=110, help="of an image's file")
     parser.add_argument("--scales", type=int, nargs="*", default=SCALES, help="numbers of GPUs")
     args = parser.parse_args()
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(110, Console().width))
     console.print(
         f"Predicted, not measured: {args.batch} images a GPU, patch {args.patch}, 2 x 224 and 8 x 96 "
         f"pixels, 65536 prototypes; {args.peak:g} TFLOP/s at {args.utilisation:.0%}, memory {args.memory:g} "

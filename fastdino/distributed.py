@@ -102,18 +102,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def joined(name: str) -> Iterator[torch.device]:
+def joined(name: str, parallel: str = "auto") -> Iterator[torch.device]:
     """The device that --device names, with the ranks that were launched together joined meanwhile.
+
+    One rank alone joins itself where torchrun launched it and --parallel asks for a way of several: so the
+    code of many GPUs can be tried on one.
 
     Raises:
         ValueError: a device that is not there, or the same one for several ranks.
     """
     here = place()
     device = choose_device(name, here.local_rank)
-    if here.ranks == 1 or (dist.is_available() and dist.is_initialized()):
+    alone = here.ranks == 1 and ("RANK" not in os.environ or parallel == "auto")
+    if alone or (dist.is_available() and dist.is_initialized()):
         yield device
         return
-    if device.type == "cuda" and torch.device(name if name != "auto" else "cuda").index is not None:
+    if (
+        here.ranks > 1
+        and device.type == "cuda"
+        and torch.device(name if name != "auto" else "cuda").index is not None
+    ):
         raise ValueError(f"--device {name} with {here.ranks} ranks: give cuda, each takes a GPU of its own")
     if not dist.is_available():
         raise ValueError(f"{here.ranks} ranks: this build of torch has no torch.distributed")
@@ -434,7 +442,7 @@ def parallelize(
         torch._dynamo.config.optimize_ddp = False
         for block in [backbone] if blocks is None else list(blocks):
             block.compile(dynamic=None if blocks is None else True)
-    if ranks() == 1:
+    if ranks() == 1 and (config.parallel == "auto" or not (dist.is_available() and dist.is_initialized())):
         return network
     parallel = choose_parallel(config.parallel, backbone)
     if parallel == "ddp":

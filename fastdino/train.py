@@ -105,7 +105,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving.
         ElsewhereError: another process failed, and says why.
     """
-    with distributed.joined(config.run.device) as device:
+    with distributed.joined(config.run.device, config.run.parallel) as device:
         return _train(config, device)
 
 
@@ -158,8 +158,9 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     )
     distributed.parallelize(dino.teacher, config.run, device, dtype, trained=False)
     optimizer = optim.make_optimizer(dino.student, cfg)
+    sharded = any(map(distributed.is_sharded, dino.teacher.parameters()))
     # Over shards an overflow on any rank is one on all.
-    grad_scaler = torch.amp.GradScaler if ranks == 1 or parallel == "ddp" else ShardedGradScaler
+    grad_scaler = ShardedGradScaler if sharded else torch.amp.GradScaler
     scaler = grad_scaler(device.type, enabled=dtype == torch.float16)
     # Put back if a step is not finite: the centre, and the statistics of batch norm.
     buffers = [b for b in dino.buffers() if b.is_floating_point()]
@@ -224,7 +225,11 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         )
         left_out = len(source) - steps_per_epoch * cfg.batch_size
         monitor.say(
-            (f"{ranks} ranks, {parallel} · " if ranks > 1 else "")
+            (
+                f"{ranks} rank{'s' * (ranks > 1)}, {parallel} · "
+                if sharded or student is not dino.student
+                else ""
+            )
             + f"{device_name(device)} · {str(dtype).removeprefix('torch.')} · "
             + " · ".join(f"{op}: {impl}" for op, impl in ops.describe(device).items())
             + f" · {len(source)} images, {loader.workers} loader processes"
@@ -262,7 +267,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         def plain_backbone() -> torch.nn.Module:
             """The teacher's backbone in evaluation mode; a copy where it is sharded, on all ranks."""
             backbone = dino.teacher.backbone
-            if ranks == 1 or parallel == "ddp":
+            if not sharded:
                 return backbone.eval()
             copy = build_backbone(config.model, policy.global_crops_size)
             copy.load_state_dict({n: distributed.whole(t) for n, t in backbone.state_dict().items()})
@@ -360,7 +365,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             finite = torch.isfinite(loss)
             if config.method.teacher_update == "previous_iteration":
                 dino.update_teacher(momentum)
-            # Not through scaler.step: over ranks its found_inf may be 2, which torch's fused steps take for 0.
+            # Not by scaler.step: over ranks its found_inf may be 2, which torch's fused steps take for 0.
             optimizer.found_inf = (~(finite[0] & torch.isfinite(norm))).float()  # type: ignore[attr-defined]
             optimizer.step()
             if scaler.is_enabled():

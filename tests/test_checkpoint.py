@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -52,6 +53,54 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     into = tensors(0.0)
     checkpoint.load(checkpoint.checkpoints(tmp_path)[7], into)
     assert into["count"] == 4
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "info.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5, None])  # None: it is missing
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    file: str, share: float | None, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path, 1, tensors(1.0), {"step": 1})
+    path = checkpoint.save(tmp_path, 2, tensors(2.0), {"step": 2}) / file
+    content = path.read_bytes()
+    path.unlink()
+    if share is not None:
+        path.write_bytes(content[: int(share * len(content))])
+    into = tensors(0.0)
+    step, info, problems = checkpoint.load_newest(tmp_path, into)
+    assert (step, info) == (1, {"step": 1})
+    assert all(torch.equal(into[name], value) for name, value in tensors(1.0).items())
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{path.parent} cannot be read: ")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_1")
+    with pytest.raises(ValueError, match=r"step_2 cannot be read: (.|\n)*No checkpoint of .* is left: give"):
+        checkpoint.load_newest(tmp_path, into)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert checkpoint.load_newest(tmp_path, tensors(0.0)) == (0, {}, [])
+
+
+def test_a_save_may_be_overtaken_by_changes_and_says_when_it_failed(tmp_path: Path) -> None:
+    saver, state, told = checkpoint.Saver(tmp_path), tensors(1.0), []
+    saver.save(1, state, {}, lambda: told.append("teacher"))
+    for value in state.values():
+        value.fill_(7)
+    assert saver.finish() == ""
+    assert told == ["teacher"]
+    assert saver.finish() == ""  # nothing is pending
+    into = tensors(0.0)
+    checkpoint.load(tmp_path / "checkpoints" / "step_1", into)
+    assert all(torch.equal(into[name], value) for name, value in tensors(1.0).items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError("No space left")))
+        saver.save(2, state, {})
+        assert saver.finish() == "checkpoint 2 could not be written: No space left"
+    assert list(checkpoint.checkpoints(tmp_path)) == [1]
+    saver.save(3, state, {})
+    saver.close()
+    assert list(checkpoint.checkpoints(tmp_path)) == [1, 3]
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # nor what the failed one left
 
 
 def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:

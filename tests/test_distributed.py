@@ -11,8 +11,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision import models
 
+from fastdino import distributed, vit
 from fastdino.config import RunConfig
-from fastdino.distributed import choose_device, mean_over_ranks_, parallelize
+from fastdino.distributed import (
+    Place,
+    choose_device,
+    choose_parallel,
+    first_host,
+    gather,
+    mean_over_ranks_,
+    norms,
+    on_first,
+    parallelize,
+    place,
+    together,
+)
 from fastdino.vit import VisionTransformer
 
 
@@ -180,3 +193,82 @@ def test_names_and_parameters_stay_as_they_are_when_blocks_are_compiled(flag: An
     # the modules themselves, not the graphs, which are made when one first runs
     assert [block._compiled_call_impl is not None for block in network.blocks] == [flag == "on"] * 3
     assert network._compiled_call_impl is None
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Place(0, 1, 0, 1)),
+        (TORCHRUN, Place(5, 8, 1, 4)),
+        (SRUN, Place(5, 11, 1, 4)),
+        (SRUN | TORCHRUN, Place(5, 8, 1, 4)),  # torchrun under srun
+        # a shell in an allocation of SLURM, or a batch script: one process
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"}, Place(0, 1, 0, 1)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, Place(0, 1, 0, 1)),
+    ],
+)
+def test_the_place_is_that_of_torchrun_or_srun(
+    env: dict[str, str], expected: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in {*TORCHRUN, *SRUN, "SLURM_NTASKS"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert place() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("a[007-010,12],b3", "a007"), ("gpu-3,gpu-5", "gpu-3"), ("r[3,4]-ib", "r3-ib")],
+)
+def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_each_rank_takes_the_gpu_of_its_local_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == choose_device("cuda", 1) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="has 2 CUDA devices, and rank 2 on it wants one"):
+        choose_device("cuda", 2)
+
+
+@pytest.mark.parametrize(("local_ranks", "large"), [(4, "fsdp"), (2, "hsdp")])
+def test_auto_shards_what_is_large_within_a_node(
+    local_ranks: int, large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "ranks", lambda: 4)
+    monkeypatch.setattr(distributed, "place", lambda: Place(0, 4, 0, local_ranks))
+    with torch.device("meta"):
+        for arch, expected in ((vit.vit_small, "ddp"), (vit.vit_base, "ddp"), (vit.vit_large, large)):
+            assert choose_parallel("auto", arch()) == expected
+    assert choose_parallel("fsdp", small_vit()) == "fsdp"
+
+
+def test_norms_in_one_process_are_those_of_the_tensors() -> None:
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.zeros(0)]
+    assert torch.equal(norms(tensors), torch.stack([x.norm() for x in tensors]))
+
+
+def test_alone_everything_is_said_to_and_by_oneself() -> None:
+    assert gather({"a": 1}) == [{"a": 1}]
+    assert on_first(lambda: 3) == 3
+    with pytest.raises(KeyError), together():
+        raise KeyError("its own error")
+
+
+def test_a_batch_norm_that_cannot_be_kept_in_step_is_refused() -> None:
+    class Fancy(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(ValueError, match="Fancy cannot be kept in step over ranks on a CPU"):
+        distributed._synchronize_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), Fancy(4)), CPU)

@@ -90,6 +90,23 @@ def test_an_epoch_is_a_permutation_without_its_last_incomplete_batch(folder):
     assert other not in epochs
 
 
+@pytest.mark.parametrize(("ranks", "pieces"), [(2, 1), (2, 3), (3, 2), (6, 1)])
+def test_ranks_share_the_batches_of_one(folder, ranks: int, pieces: int):
+    """Each gets a part of each piece, with the crops that one process would have made."""
+    whole = load(folder, pieces=pieces)
+    parts = [load(folder, pieces=pieces, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert [len(share.indices) for share in shares] == [6 // pieces // ranks] * ranks
+        assert torch.equal(torch.cat([share.indices for share in shares]), batch.indices)
+        for view, *its in zip(batch.views, *(share.views for share in shares), strict=True):
+            assert torch.equal(torch.cat(its), view)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(folder):
+    with pytest.raises(ValueError, match="--batch-size 6 is not a multiple of --accumulate 1 times 4 ranks"):
+        load(folder, ranks=4)
+
+
 def test_every_image_is_equally_likely_at_every_place():
     n, epochs = 8, 4000
     orders = torch.stack([data.epoch_order(n, 3, epoch) for epoch in range(epochs)])

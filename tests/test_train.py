@@ -141,6 +141,62 @@ def test_a_signal_between_log_and_save_still_saves(images: Path, tmp_path: Path)
     assert list(checkpoint.checkpoints(tmp_path)) == [2]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_exits_as_a_requeue_understands(
+    signum: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(images, tmp_path, epochs=2)
+    original = DINO.forward
+
+    def forward(self: DINO, *args: Any) -> Any:
+        os.kill(os.getpid(), signum)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "forward", forward)
+        with pytest.raises(SystemExit) as left:
+            train.command(config)
+    assert left.value.code == train.REQUEUE == 75
+    assert f"saved {tmp_path} at step 1 of 4; the same command continues it" in capsys.readouterr().err
+    assert list(checkpoint.checkpoints(tmp_path)) == [1]
+
+
+def test_a_truncated_checkpoint_is_said_and_the_one_before_it_continued(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = make_config(images, tmp_path / "whole", epochs=2)
+    train.train(whole)
+    config = make_config(images, tmp_path / "run", epochs=2, save_every=1)
+    run_until(config, 3)
+    newest = checkpoint.checkpoints(tmp_path / "run")[3]
+    os.truncate(newest / "__0_0.distcp", 1000)
+    os.truncate(tmp_path / "run" / "teacher.safetensors", 1000)
+    capsys.readouterr()
+    train.train(config)
+    said = capsys.readouterr().out
+    assert f"{newest} cannot be read: " in said
+    assert "is continued: step 2 of 4" in said
+    expected, got = final_tensors(tmp_path / "whole", 4), final_tensors(tmp_path / "run", 4)
+    assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
+    assert checkpoint.teacher_step(tmp_path / "run") == 4
+
+
+def test_a_compilation_that_fails_says_how_to_go_on_without(
+    images: Path, tmp_path: Path, dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_block(self, **how, backend=broken)
+    )
+    with pytest.raises(SystemExit) as left:
+        train.command(make_config(images, tmp_path, compile="on"))
+    assert "torch.compile failed; --compile off goes on without it" in str(left.value.code)
+    assert "no compiler here" in str(left.value.code)
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(images: Path, tmp_path: Path) -> None:
     command = [
         *(
