@@ -12,8 +12,8 @@ all, so of two ranks each does half the work; on a CPU each has half the cores. 
     save ms         what a checkpoint keeps the training waiting for: copying the tensors
     on disk ms      until it is whole on the disk, beside the training
     resume ms       to read it back
-    syncs           in an update that does not log, places that wait for the device: on a GPU those that torch's
-                    sync debug mode finds, on a CPU operators that read a value on the host
+    syncs           places in an update that wait for the device, where it does not log: on a GPU those that
+                    torch's sync debug mode finds, on a CPU operators that read a value on the host
     peak MB         of rank 0
 """
 

@@ -18,6 +18,7 @@
 DATA=/path/to/images               # change; all nodes must see it
 OUT=/path/to/runs/vit-small-16     # change; all nodes must share it
 source /path/to/venv/bin/activate  # change
+export TORCHINDUCTOR_CACHE_DIR=$OUT.compiled  # what torch.compile made, for the next start
 
 # --kill-on-bad-exit: one failing task ends all of them. Not `exec`: this script must see the exit code.
 srun --kill-on-bad-exit=1 fastdino-train vit-small-16 \

@@ -148,10 +148,8 @@ class Saver:
         `finish` before.
         """
         assert self.pending is None
-        folder = self.out / "checkpoints"
-        beside = folder / f".step_{step}.tmp"
+        beside = self.out / "checkpoints" / f".step_{step}.tmp"
         if rank() == 0:
-            folder.mkdir(exist_ok=True)
             shutil.rmtree(beside, ignore_errors=True)
         # One process is what is meant. For good: it is DCP's thread that would warn.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -27,19 +27,28 @@ from fastdino import checkpoint, data, distributed, train, vit
 from fastdino.dino import DINO
 
 
-def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:
-    """Run `jobs` in so many processes; returns the finished torchrun, its text in stdout and stderr."""
+def start(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:
+    """Begin to run `jobs` in so many processes: the torchrun, its stdout and stderr pipes of text."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs, default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, *options, __file__, str(path)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)} | env,
-        check=False,
     )
+
+
+def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:
+    """Run `jobs` in so many processes; the finished torchrun with its returncode, stdout and stderr."""
+    process = start(jobs, folder, ranks, *options, **env)
+    try:
+        out, error = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def in_update(step: int, act: Callable[[], None]) -> None:

@@ -103,6 +103,15 @@ def test_a_save_may_be_overtaken_by_changes_and_says_when_it_failed(tmp_path: Pa
     assert not list((tmp_path / "checkpoints").glob(".*"))  # nor what the failed one left
 
 
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    saver = checkpoint.Saver(tmp_path)
+    saver.save(1, tensors(1.0), {})
+    assert saver.finish().startswith("checkpoint 1 could not be written: ")
+    with pytest.raises(OSError, match="checkpoint 1 could not be written: "):
+        checkpoint.save(tmp_path, 1, tensors(1.0), {})
+
+
 def test_prune_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in range(1, 11):
         checkpoint.save(tmp_path, step, {"x": torch.zeros(1)}, {})
