@@ -20,8 +20,9 @@ OUT=/path/to/runs/vit-small-16     # change; all nodes must share it
 source /path/to/venv/bin/activate  # change
 export TORCHINDUCTOR_CACHE_DIR=$OUT.compiled  # what torch.compile made, for the next start
 
-# --kill-on-bad-exit: one failing task ends all of them. Not `exec`: this script must see the exit code.
-srun --kill-on-bad-exit=1 fastdino-train vit-small-16 \
+# --wait: half a minute after one task has failed the others are ended. Not --kill-on-bad-exit: tasks that leave
+# with 75 a moment after the first would be killed and give another code.
+srun --wait=30 --kill-on-bad-exit=0 fastdino-train vit-small-16 \
     --batch-size 1024 --data "$DATA" --out "$OUT"
 code=$?
 if [ $code -eq 75 ]; then

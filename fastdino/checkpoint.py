@@ -29,7 +29,7 @@ from fastdino.config import Config, from_dict, to_dict
 from fastdino.distributed import cpu_group, gather, on_first, rank, ranks, whole
 from fastdino.files import sync, write_atomically
 
-# Fields that a continued run may change: none of them touches what is learnt.
+# Fields that a continued run may change: none of them touches what is learnt, but by rounding.
 FREE = {
     "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
     "data.workers",
@@ -44,6 +44,7 @@ FREE = {
     "run.knn_images",
     "run.max_nonfinite",
     "run.wandb",
+    "optim.accumulate",  # fewer GPUs want more pieces
     "run.compile",
     "run.parallel",
     "run.attention",

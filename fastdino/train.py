@@ -470,6 +470,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 path = plot_attention(backbone, examples, policy, out / "attention.png", device)
                 monitor.say(f"attention  {path}")
             monitor.say(f"teacher    {teacher}")
+        distributed.gather(None)  # a launcher may end those that outlast the others
     return {"step": total, **values}
 
 

@@ -228,7 +228,8 @@ def test_claim_continues_a_run_from_before_a_field_was_there(tmp_path: Path) -> 
 def test_claim_lets_a_continued_run_compute_the_same_otherwise(tmp_path: Path) -> None:
     checkpoint.claim(tmp_path, make_config(tmp_path, tmp_path)).close()
     checkpoint.save(tmp_path, 1, tensors(1.0), {})
-    otherwise = {"compile": "on", "attention": "sdpa", "activation_checkpointing": True, "workers": 3}
+    otherwise: dict[str, Any] = {"compile": "on", "attention": "sdpa", "parallel": "fsdp", "accumulate": 2}
+    otherwise |= {"activation_checkpointing": True, "workers": 3}
     checkpoint.claim(tmp_path, make_config(tmp_path, tmp_path, **otherwise)).close()
     with pytest.raises(ValueError, match="--head-warmup-steps: was 0, now 3"):
         checkpoint.claim(tmp_path, make_config(tmp_path, tmp_path, head_warmup_steps=3, init_from="a.pth"))
