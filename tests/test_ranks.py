@@ -4,7 +4,10 @@ A test starts torchrun once, with as many jobs as it can hold (tests/ranks.py): 
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -293,6 +296,35 @@ def test_torchrun_told_to_stop_has_all_ranks_save(images: Path, tmp_path: Path) 
     assert process.returncode != 0
     (step,) = checkpoint.checkpoints(out)
     assert said.count(f"saved {out} at step {step} of 1000; the same command continues it") == 1
+
+
+def test_sruns_tasks_find_one_another(images: Path, tmp_path: Path) -> None:
+    """With what srun tells its tasks, and no torchrun; two of them, this machine being both nodes."""
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([{"images": str(images), "out": str(tmp_path / "run"), **COMMON}])
+    )
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NODELIST": "localhost,elsewhere",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "OMP_NUM_THREADS": "1",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(tmp_path / "jobs.json")],
+            env=os.environ | step | {"SLURM_PROCID": str(task)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    said = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert said[0].startswith("2 ranks, ddp")
+    assert said[1] == ""
+    assert list(checkpoint.checkpoints(tmp_path / "run")) == [STEPS]
 
 
 def test_a_failing_rank_ends_all_with_its_error(images: Path, tmp_path: Path) -> None:
