@@ -162,12 +162,12 @@ class Saver:
     def _complete(
         self, step: int, written: Any, info: dict[str, Any], write_teacher: Callable[[], None]
     ) -> None:
-        metadata = written.result()
+        written.result()
         if rank() != 0:
             return
         folder = self.out / "checkpoints"
         final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
-        for its in metadata.storage_data.values():
+        for its in (dcp.FileSystemReader(beside).read_metadata().storage_data or {}).values():
             if not (beside / its.relative_path).exists():
                 raise OSError(
                     f"{beside / its.relative_path}, which another rank wrote, is not here: --out must be on "
