@@ -195,16 +195,18 @@ class Saver:
         try:
             future.result()
             error = ""
-        except (
-            Exception,
-            CheckpointException,
-        ) as caught:  # the disk's, or DCP's of all ranks: a BaseException
+        except (Exception, CheckpointException) as caught:  # DCP's, of all ranks, is a BaseException
             error = f"checkpoint {step} could not be written: {_reason(caught)}"
-        return next(filter(None, gather(error)), "")
+        return _agreed(error)
 
     def close(self) -> None:
         """End the thread, after the last save; with other ranks, that may be dead, it is not waited for."""
         self.thread.shutdown(wait=ranks() == 1)
+
+
+def _agreed(error: str) -> str:
+    """The first error of any rank, on all of them; empty if none has one."""
+    return next(filter(None, gather(error)), "")
 
 
 def _reason(error: BaseException) -> str:
@@ -248,7 +250,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         info = json.loads((path / "info.json").read_text())
     except (Exception, CheckpointException) as caught:  # a damaged file can make the reader raise anything
         error = f"{path} cannot be read: {_reason(caught)}"
-    if error := next(filter(None, gather(error)), ""):
+    if error := _agreed(error):
         raise ValueError(error)
     return info
 

@@ -1,10 +1,11 @@
 """Shared by all tests: the Triton interpreter where there is no GPU, a fixed seed, the operations'
-implementations, poisoned memory, and Dynamo as it is when it is imported."""
+implementations, poisoned memory, Dynamo as it is when it is imported, and what is drawn."""
 
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +56,19 @@ def dynamo() -> Iterator[None]:
         yield
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were saved."""
+    import matplotlib.figure  # some machines that test kernels have none
+
+    figures: list[Any] = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def keep(figure: Any, *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return figures

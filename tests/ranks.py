@@ -23,8 +23,12 @@ import torch.distributed as dist
 from tiny import make_config
 from torch.distributed.checkpoint import filesystem
 
+from benchmarks.parallel import loopback_bytes
 from fastdino import checkpoint, data, distributed, train, vit
 from fastdino.dino import DINO
+
+# Of the processes: this folder and the checkout.
+PYTHONPATH = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
 
 
 def start(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:
@@ -37,7 +41,7 @@ def start(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, *
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)} | env,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH} | env,
     )
 
 
@@ -169,12 +173,6 @@ def main() -> None:
     """All jobs of the file, one after the other, in one process group."""
     with distributed.joined("cpu"):
         run()
-
-
-def loopback_bytes() -> int:
-    """Bytes sent over this machine's loopback interface so far, headers included, by whatever process."""
-    lines = Path("/proc/net/dev").read_text().splitlines()
-    return int(next(line for line in lines if line.strip().startswith("lo:")).split()[9])
 
 
 def run() -> None:

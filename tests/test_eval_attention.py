@@ -2,9 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -62,20 +60,6 @@ class Known:
         for i in range(self.heads):
             weights[:, i, 0, 1 + i] = 1.0
         return weights
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were saved."""
-    figures: list[Any] = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def keep(figure: Any, *args: Any, **kwargs: Any) -> None:
-        figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    return figures
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -159,20 +158,6 @@ def test_a_terminal_of_80_columns_shows_all_that_is_asked(tmp_path: Path, monkey
     shown = r"102000/250200 \S{3,} loss 10.250 lr 1.0e-03 1264 img/s wait 12% +\d+:\d\d:\d\d +left"
     assert re.fullmatch(shown, last), last
     assert len(last) <= 80
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were saved."""
-    figures: list[Any] = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def keep(figure: Any, *args: Any, **kwargs: Any) -> None:
-        figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    return figures
 
 
 def test_curves_show_the_numbers_of_the_run(tmp_path: Path, drawn, monkeypatch: pytest.MonkeyPatch):

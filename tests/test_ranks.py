@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import launch, start
+from ranks import PYTHONPATH, launch, start
 from test_train import final_tensors
 from tiny import make_config, make_images
 from torch import Tensor, nn
@@ -310,6 +310,7 @@ def test_sruns_tasks_find_one_another(images: Path, tmp_path: Path) -> None:
         "SLURM_LOCALID": "0",
         "SLURM_JOB_ID": str(os.getpid()),
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": PYTHONPATH,
     }
     tasks = [
         subprocess.Popen(

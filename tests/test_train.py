@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from tiny import make_config, make_images
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.parallel import CountSyncs
 from fastdino import checkpoint, train
 from fastdino.config import Config
 from fastdino.dino import DINO
@@ -297,19 +297,6 @@ def test_accumulation_steps_centre_teacher_and_schedules_once_an_update(images: 
     assert tensors[4]["optimizer.backbone.cls_token.step"] == 4
 
 
-class CountSyncs(TorchDispatchMode):
-    """Counts the operators that read a tensor's value on the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("flags", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, {"optimizer": "lars"}])
 def test_a_step_that_does_not_log_never_waits_for_the_device(
     images: Path, tmp_path: Path, flags: dict[str, str]
@@ -320,7 +307,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(
         config = make_config(
             images, tmp_path / str(batch), epochs=1, batch_size=batch, log_every=100, save_every=100, **flags
         )
-        with CountSyncs() as syncs:
+        with CountSyncs("cpu") as syncs:
             train.train(config)
         counts.append(syncs.count)
     assert counts[0] == counts[1]
