@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CAPABILITIES = (80, 90, 100)
+CROPS = ("weights_kernel", "horizontal_kernel", "vertical_kernel", "color_kernel", "blur_kernel")
 Usage = dict[str, int | str | bool]
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs triton")
@@ -26,7 +28,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
 
 def test_every_kernel_compiles_for_every_target(compiled):
     kernels = {"tile_kernel", "merge_kernel", "finish_kernel", "bwd_kernel", "ema_kernel"}
-    targets = {(k, d, c) for k in kernels for d in ("bf16", "fp32") for c in (80, 90, 100)}
+    targets = {(k, d, c) for k in kernels for d in ("bf16", "fp32") for c in CAPABILITIES}
+    targets |= {(k, "none", c) for k in CROPS for c in CAPABILITIES}
     assert {(u["kernel"], u["logits"], u["capability"]) for u in compiled} == targets
 
 
@@ -56,3 +59,23 @@ def test_gradient_and_teacher_are_rounded_to_bfloat16(compiled):
     written = [u for u in compiled if u["kernel"] in ("bwd_kernel", "ema_kernel") and u["logits"] == "bf16"]
     assert written
     assert all(u["rounds_to_bf16"] for u in written)
+
+
+def test_crops_fuse_no_multiplication_with_an_addition(compiled):
+    crops = [u for u in compiled if u["kernel"] in CROPS]
+    assert crops
+    assert not any(u["fuses"] for u in crops)
+
+
+def test_colors_leave_room_for_four_programs_of_eight_warps(compiled):
+    assert [u for u in compiled if u["kernel"] in ("vertical_kernel", "color_kernel") and u["REG"] > 64] == []
+
+
+def test_planes_are_read_four_bytes_at_a_time(compiled):
+    assert [u for u in compiled if u["kernel"] == "vertical_kernel" and u["byte_loads"]] == []
+
+
+def test_passes_of_the_blur_wait_for_one_another(compiled):
+    for usage in compiled:
+        if usage["kernel"] in ("color_kernel", "blur_kernel"):
+            assert usage["barriers"] >= (3 if usage["kernel"] == "color_kernel" else 2)

@@ -1,4 +1,4 @@
-"""The operations with kernels of their own or a choice among others': loss, teacher, attention, linear."""
+"""The operations with kernels of their own or a choice among others'."""
 
 import torch
 
@@ -7,9 +7,10 @@ from fastdino.ops.attention import attention
 from fastdino.ops.dino_loss import dino_loss
 from fastdino.ops.ema import ema_
 from fastdino.ops.linear import Linear, linear
+from fastdino.ops.multi_crop import multi_crop
 from fastdino.ops.sinkhorn import sinkhorn_center
 
-__all__ = ["Linear", "attention", "describe", "dino_loss", "ema_", "linear", "sinkhorn_center"]
+__all__ = ["Linear", "attention", "describe", "dino_loss", "ema_", "linear", "multi_crop", "sinkhorn_center"]
 
 
 def describe(device: torch.device | str) -> dict[str, str]:
