@@ -1,8 +1,11 @@
 """Sources: which files of a folder or list are images, their labels, and what every kind of file becomes."""
 
+import hashlib
 import os
 import pickle
+import random
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -11,7 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data.sources import Source, Unreadable, open_source, read_image
+from fastdino.data import sources
+from fastdino.data.sources import (
+    Files,
+    Source,
+    Unreadable,
+    decode_image,
+    epoch_order,
+    open_source,
+    read_image,
+)
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -160,17 +172,104 @@ def test_the_fingerprint_follows_names_and_labels_not_the_place(tmp_path):
     assert len({first, *others}) == 10
 
 
+def test_the_fingerprint_is_that_of_earlier_versions(tmp_path):
+    """So that their runs resume."""
+    for name in ("b/1.png", "a/2.png", "a/c/3.png"):
+        save(tmp_path / name)
+    listed = [b"a/2.png", b"a/c/3.png", b"b/1.png"]
+    content = b"".join(listed) + np.cumsum([len(name) for name in listed]).astype("<i8").tobytes()
+    labels = np.array([0, 0, 1]).astype("<i8").tobytes() + b"a\0b"
+    assert open_source(str(tmp_path)).fingerprint() == hashlib.sha256(content + labels).hexdigest()
+
+
+LISTED = [b"n%08d/n%08d_%05d.JPEG" % (i // 1000, i // 1000, i) for i in range(100_000)]
+
+
 def test_the_index_is_compact_and_pickles(tmp_path):
-    listed = [b"n%08d/n%08d_%05d.JPEG" % (i // 1000, i // 1000, i) for i in range(100_000)]
-    source = Source(str(tmp_path), listed)
+    source = Files(str(tmp_path), ((name, None) for name in LISTED))
     size = len(pickle.dumps(source))
-    assert size / len(listed) <= len(listed[0]) + 8 + 1
+    assert size / len(LISTED) <= len(LISTED[0]) + 8 + 1
     copy = pickle.loads(pickle.dumps(source))
     for i in (0, 1, 54_321, 99_999):
-        assert copy.path(i) == str(tmp_path / listed[i].decode())
+        assert copy.path(i) == str(tmp_path / LISTED[i].decode())
     for i in (-1, 100_000):
         with pytest.raises(IndexError):
             source.path(i)
+
+
+class Entry:
+    """What os.scandir finds of a file."""
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+
+    def is_dir(self) -> bool:
+        return False
+
+    def is_file(self) -> bool:
+        return True
+
+
+def taken(path: Path) -> tuple[Source, int, int]:
+    """The source; bytes it takes, and took at most while it was opened."""
+    tracemalloc.start()
+    try:
+        return open_source(str(path)), *tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+
+def test_opening_a_list_holds_no_object_for_each_image(tmp_path):
+    with open(tmp_path / "list.txt", "wb") as file:
+        file.writelines(name + b"\t" + name[:9] + b"\n" for name in LISTED)
+    source, kept, most = taken(tmp_path / "list.txt")
+    assert (len(source), len(source.classes)) == (len(LISTED), 100)
+    assert kept / len(source) < len(LISTED[0]) * 9 / 8 + 8 + 8 + 1  # a buffer that grows has 1/8 to spare
+    assert most / len(source) < len(LISTED[0]) * 9 / 8 + 8 + 4 + 8 + 2
+
+
+def test_opening_a_flat_folder_holds_no_object_for_each_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_RUN", 1 << 20)
+    names = [b"%08d.jpg" % (i * 7919 % 100_000) for i in range(100_000)]
+    monkeypatch.setattr(os, "scandir", lambda place: map(Entry, names))
+    source, kept, most = taken(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [f"{i:08d}.jpg" for i in range(100_000)]
+    assert kept / len(source) < 12 * 9 / 8 + 8 + 1
+    # what is sorted, and the result, and the table of a run
+    assert (most - 5 * (1 << 20)) / len(source) < (12 + 2) + (12 * 9 / 8 + 8) + 2
+
+
+@pytest.mark.parametrize("run", [1, 40, 1 << 20])
+def test_the_order_is_that_of_the_paths_bytes(tmp_path, monkeypatch, run):
+    """Also of names that sort between a folder and what is in it, or are not UTF-8; in runs of any size."""
+    monkeypatch.setattr(sources, "_RUN", run)
+    draw = random.Random(run)
+    expected = set()
+    for _ in range(200):
+        depth = draw.randint(1, 3)
+        parts = [bytes(draw.choices(b"ab-0. \xff!A~", k=draw.randint(1, 4))) for _ in range(depth)]
+        if any(part.startswith(b".") for part in parts):
+            continue
+        path = b"/".join(parts) + draw.choice([b".png", b".JPG", b".x"])
+        place = os.path.join(os.fsencode(tmp_path), path)
+        try:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with open(place, "x"):
+                pass
+        except OSError:  # a file is where a folder should be, or the other way round
+            continue
+        expected |= {path} if not path.endswith(b".x") else set()
+    source = open_source(str(tmp_path))
+    assert [os.fsencode(source.name(i)) for i in range(len(source))] == sorted(expected)
+    assert len(expected) > 50
+
+
+def test_the_order_of_an_epoch_is_that_of_epoch_order_whatever_the_buffer(tmp_path):
+    source = Files(str(tmp_path), ((b"%d.png" % i, None) for i in range(30)))
+    for buffer in (0, 5, 30):
+        assert source.order(3, 2, buffer).equal(epoch_order(30, 3, 2))
+    assert epoch_order(30, 3, 2).tolist() != epoch_order(30, 3, 1).tolist() != epoch_order(30, 2, 1).tolist()
+    assert sorted(epoch_order(30, 3, 2).tolist()) == list(range(30))
 
 
 # --- lists
@@ -212,6 +311,13 @@ def test_numbers_as_classes_are_in_numerical_order(tmp_path):
     source = open_source(str(tmp_path / "list.txt"))
     assert source.classes == ["0", "9", "10"]
     assert source.labels.tolist() == [2, 1, 0]
+
+
+def test_a_list_may_end_its_lines_as_windows_and_old_macs(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"a.png\tx\r\nb.png\ty\r\r\n# c\rc.png\tx")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [source.name(i) for i in range(len(source))] == ["a.png", "b.png", "c.png"]
+    assert source.labels.tolist() == [0, 1, 0]
 
 
 def test_listed_files_are_not_looked_at_before_they_are_loaded(tmp_path):
@@ -262,10 +368,12 @@ def test_a_list_with_some_classes_names_the_line(tmp_path):
             open_source(str(tmp_path / "list.txt"))
 
 
-@pytest.mark.parametrize("kind", ["image", "archive", "large archive", "pipe"])
+@pytest.mark.parametrize("kind", ["image", "archive", "large archive", "line", "pipe"])
 def test_a_path_that_is_neither_says_so(tmp_path, kind):
-    path = tmp_path / "images.tar"
-    if kind == "image":
+    path = tmp_path / "images.zip"
+    if kind == "line":
+        path.write_bytes(b"a.jpg\n" + b"x" * 100_000)
+    elif kind == "image":
         path = save(tmp_path / "cat.PNG")
     elif kind == "archive":
         path.write_bytes(b"a.jpg" + bytes(500))
@@ -274,7 +382,9 @@ def test_a_path_that_is_neither_says_so(tmp_path, kind):
             file.truncate(1 << 40)  # a terabyte, sparse: reading it whole would not end
     else:
         os.mkfifo(path)
-    with pytest.raises(ValueError, match=r"neither a folder nor a text file; .*unpack an archive first"):
+    with pytest.raises(
+        ValueError, match=r"neither a folder nor a text file nor tar shards; .*unpack an archive first"
+    ):
         open_source(str(path))
 
 
@@ -292,7 +402,29 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         open_source(str(tmp_path))
 
 
-# --- pixels
+# --- bytes and pixels
+
+
+def test_loading_is_decoding_what_is_read(tmp_path):
+    path = save(tmp_path / "a.jpg")
+    source = open_source(str(tmp_path))
+    assert source.read(0) == path.read_bytes()
+    np.testing.assert_array_equal(np.asarray(decode_image(source.read(0), "x")), np.asarray(source.load(0)))
+    path.write_bytes(b"hello")
+    assert source.read(0) == b"hello"
+    with pytest.raises(Unreadable, match=r"^x: not a JPEG"):
+        decode_image(b"hello", "x")
+    with pytest.raises(Unreadable, match=r"^x: empty file"):
+        decode_image(b"", "x")
+    path.write_bytes(b"")
+    with pytest.raises(Unreadable, match=r"a\.jpg: empty file"):
+        source.read(0)
+    path.unlink()
+    with pytest.raises(Unreadable, match=r"a\.jpg: no such file"):
+        source.read(0)
+    path.mkdir()
+    with pytest.raises(Unreadable, match=r"a\.jpg: is a directory"):
+        source.read(0)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.webp", "a.gif.png"])
