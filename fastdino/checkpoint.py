@@ -32,6 +32,7 @@ from fastdino.files import sync, write_atomically
 # Fields that a continued run may change: none of them touches what is learnt, but by rounding.
 FREE = {
     "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
+    "data.loader",
     "data.workers",
     "data.max_unreadable",
     "data.val",

@@ -120,14 +120,24 @@ class DataConfig:
     """Which images, and how they are cropped."""
 
     data: str = ""
-    """The images: a folder (searched recursively; class sub-folders become labels, none are needed) or a text
-    file with one path a line."""
+    """The images: a folder (searched recursively; class sub-folders become labels, none are needed), a text
+    file with one path a line, or tar shards: a folder of them, 'DIR/{000..127}.tar' or 'DIR/*.tar'."""
     val: str = ""
     """Labelled images to test k-NN on, with --data as the neighbours. Without it, each image of --data is
     classified by the others."""
+    loader: Literal["auto", "torchvision", "dali"] = "auto"
+    """What makes the crops, by the same arithmetic. torchvision: the CPU's cores. dali: the device, where
+    DALI decodes. auto: dali on a GPU, if it is installed."""
     workers: int = -1
     """Processes that read and crop images; 0 loads in the training process, -1 chooses by the machine's
     cores."""
+    shuffle_buffer: int = 16384
+    """Shards are read one after the other, in another order each epoch, and their images mixed within about
+    so many; 0 mixes all, which reads at random places. Folders are always mixed whole."""
+    jpeg_scaling: bool = False
+    """Decode a JPEG at a half, quarter or eighth of its size where that leaves every crop's box as large as
+    the crop: several times faster for photographs of many megapixels, with slightly other pixels. The cores
+    do; DALI decodes all."""
     max_unreadable: float = 0.01
     """Unreadable files are skipped and named; the run stops when more than this share of an epoch is
     unreadable."""
@@ -137,6 +147,7 @@ class DataConfig:
         _check(
             self.workers >= -1, f"--workers {self.workers}: give 0 or more, or -1 to choose by the machine"
         )
+        _check(self.shuffle_buffer >= 0, f"--shuffle-buffer {self.shuffle_buffer}: give 0 or more images")
         _check(
             0 <= self.max_unreadable <= 1,
             f"--max-unreadable {self.max_unreadable}: a share lies between 0 and 1",

@@ -34,6 +34,7 @@ from fastdino.monitor import Monitor, plot_curves, read_metrics
 # What a process that was told to go exits with, once all is saved: EX_TEMPFAIL of sysexits.h, "temporary
 # failure, run me again". Ctrl-C has 130, as everywhere.
 REQUEUE = 75
+DATA_WAIT = 0.05  # share of the time spent waiting for images from which on the user is told what to do
 
 
 class RunError(RuntimeError):
@@ -209,6 +210,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         monitor = stack.enter_context(
             Monitor(out, start, total, to_dict(config), config.run.wandb, quiet=rank > 0)
         )
+        how, about_loader = data.choose_loader(config.data.loader, device)
         loader = data.make_loader(
             source,
             policy,
@@ -218,7 +220,10 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             start_step=start,
             total_steps=total,
             workers=config.data.workers,
-            pin=device.type == "cuda",
+            device=device,
+            loader=how,
+            shuffle_buffer=config.data.shuffle_buffer,
+            jpeg_scaling=config.data.jpeg_scaling,
             rank=rank,
             ranks=ranks,
             local_ranks=distributed.place().local_ranks,
@@ -232,12 +237,14 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             )
             + f"{device_name(device)} · {str(dtype).removeprefix('torch.')} · "
             + " · ".join(f"{op}: {impl}" for op, impl in ops.describe(device).items())
+            + f" · crops: {crops.describe(device if how == 'dali' else 'cpu')}"
             + f" · {len(source)} images, {loader.workers} loader processes"
             + (" a rank" if ranks > 1 else "")
+            + (" and DALI" if how == "dali" else "")
             + f" · {cfg.epochs} epochs of {steps_per_epoch} updates of {cfg.batch_size} images"
             + (f", {left_out} left out of each" if left_out else "")
         )
-        for line in (*begun_from, note, *damaged):
+        for line in (*begun_from, note, about_loader, *source.notes, *damaged):
             if line:
                 monitor.say(line)
         if start:
@@ -305,12 +312,13 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         batches = iter(loader)
         warmup, head_only = optim.warmup_steps(cfg, steps_per_epoch), cfg.head_warmup_steps
         # Of each step since the last log line: loss, gradient norm, and the means over ranks of: whether to
-        # stop, unreadable files, seconds waited for data. Read when logging.
-        history = torch.zeros(config.run.log_every, 5, device=device)
+        # stop, unreadable files, seconds waited for data, images left to Pillow. Read when logging.
+        history = torch.zeros(config.run.log_every, 6, device=device)
         since: list[tuple[int, float, list[Tensor]]] = []  # step, lr and this rank's images of each row of it
         failed: list[tuple[int, str, str]] = []  # step, path and reason of this rank's unreadable files since
         values: dict[str, Any] = (read_metrics(out) or [{}])[-1] if start == total else {}
         in_a_row, paused, began = 0, 0.0, time.perf_counter()
+        by_pillow, lines, advice = 0, 0, waiting_advice(how, loader.workers)
 
         for step in range(start, total):
             epoch, in_epoch = divmod(step, steps_per_epoch)
@@ -332,12 +340,13 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             # Loss and gradient of the batch, piece by piece.
             kept = [b.clone() for b in buffers]
             loss = torch.zeros((), device=device)
-            means, seen, waited, files = [], [], 0.0, len(failed)
+            means, seen, waited, files, left = [], [], 0.0, len(failed), 0
             for piece in range(cfg.accumulate):
                 waiting = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - waiting
                 seen.append(batch.indices)
+                left += batch.by_pillow
                 failed += [(step + 1, *its) for its in zip(batch.unreadable, batch.reasons, strict=True)]
                 views = [crops.normalize(v.to(device, non_blocking=True), policy) for v in batch.views]
                 last = piece == cfg.accumulate - 1
@@ -349,7 +358,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                     if last:
                         # What all ranks must know, on its way while the backward pass runs.
                         stop, unread = float(bool(caught)), float(len(failed) - files)
-                        extras = [torch.full((), x, device=device) for x in (stop, unread, waited)]
+                        extras = [torch.full((), x, device=device) for x in (stop, unread, waited, left)]
                         shared = distributed.start_mean(
                             torch.cat((torch.stack((loss, *extras)), torch.stack(means).mean(dim=0)))
                         )
@@ -361,7 +370,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             optim.hand_over_gradients(optimizer)
             scaler.unscale_(optimizer)
             norm = optim.clip_gradients(dino.student, cfg.clip_grad, cfg.clip)
-            loss, stop_, unread_, waited_, teacher_mean = shared().split([1, 1, 1, 1, len(mean)])
+            loss, others, teacher_mean = shared().split([1, 4, len(mean)])
             finite = torch.isfinite(loss)
             if config.method.teacher_update == "previous_iteration":
                 dino.update_teacher(momentum)
@@ -379,7 +388,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 buffer.copy_(torch.where(finite, buffer, old))
             if config.method.teacher_update != "previous_iteration":
                 dino.update_teacher(momentum, new_epoch=last_of_epoch)
-            history[len(since)] = torch.cat((loss, norm.reshape(1).to(loss.dtype), stop_, unread_, waited_))
+            history[len(since)] = torch.cat((loss, norm.reshape(1).to(loss.dtype), others))
             since.append((step + 1, lr, seen))
 
             # What a person sees: the only place that waits for the device.
@@ -415,6 +424,14 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                         f"stopped at step {at}: {in_a_row} non-finite steps in a row. "
                         f"{last_good(out)} Lower --lr, or use --precision bf16 or fp32."
                     )
+            by_pillow += round(sum(row[5] for row in rows) * ranks)
+            data_wait = sum(row[4] for row in rows) / elapsed
+            lines += 1
+            if (
+                advice and lines > 1 and data_wait > DATA_WAIT
+            ):  # the first line's has the workers' start in it
+                monitor.say(f"step {done}: {data_wait:.0%} of the time {advice}")
+                advice = ""
             good = [row for row in rows if math.isfinite(row[0])]
             values = {
                 "epoch": epoch,
@@ -425,11 +442,16 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 "momentum": momentum,
                 "teacher_temp": float(dino.loss.teacher_temp_schedule[epoch]),
                 "images_per_s": len(since) * cfg.batch_size / elapsed,
-                "data_wait": sum(row[4] for row in rows) / elapsed,
+                "data_wait": data_wait,
                 "memory_gb": peak_memory_gb(device),
                 "unreadable": len(unreadable["run"]),
                 "skipped": skipped,
             }
+            if how == "dali":
+                values["decoded_by_pillow"] = by_pillow
+            if device.type == "cuda":  # torch's, DALI's, the context's, and that of other processes
+                free, its = torch.cuda.mem_get_info(device)
+                values["device_memory_gb"] = (its - free) / 1e9
             every = config.run.knn_every_epochs
             due = every and last_of_epoch and ((epoch + 1) % every == 0 or done == total)
             if due and source.labels is not None and not stopping:
@@ -479,6 +501,18 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def waiting_advice(loader: str, workers: int) -> str:
+    """What to do where training waits for images."""
+    cores = data.cores()
+    hints = [
+        f"more --workers ({workers} now, on {cores} cores)" if workers < cores else "",
+        "" if loader == "dali" else "--loader dali where there is a GPU",
+        "--jpeg-scaling True if the photographs are far larger than the crops" if loader != "dali" else "",
+        "shards (fastdino-data pack) if many small files are what is slow, or a faster disk",
+    ]
+    return "training waits for images; what may help: " + "; ".join(hint for hint in hints if hint)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Loader: the same images and crops whatever workers and resumes do; bad files, dying workers and signals."""
 
+import math
 import multiprocessing
 import os
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from fastdino import data
 from fastdino.config import CropPolicy
 from fastdino.data import Batch, Unreadable, crop_size_warning, make_loader, open_source, steps_per_epoch
-from fastdino.data.crops import draw, render, to_tensor
+from fastdino.data.crops import draw, enough_pixels, render, to_tensor
 
 POLICY = CropPolicy(global_crops_size=16, local_crops_size=8, local_crops_number=3)
 N = 23
@@ -43,7 +44,6 @@ def load(folder: Path, **options) -> list[Batch]:
         "start_step": 0,
         "total_steps": 8,
         "workers": 0,
-        "pin": False,
     } | options
     loader = make_loader(open_source(str(folder)), options.pop("policy", POLICY), **options)
     batches = list(loader)
@@ -162,7 +162,6 @@ def test_iterating_twice_gives_the_same_batches(folder):
         start_step=0,
         total_steps=2,
         workers=0,
-        pin=False,
     )
     assert_same(list(loader), list(loader))
 
@@ -181,13 +180,13 @@ def test_the_next_epoch_is_loaded_before_it_is_asked_for(folder):
     """Asked of the source while the batches of the first epoch, three of them, are taken out."""
     source, asked = open_source(str(folder)), multiprocessing.Value("i", 0)
 
-    def load_and_count(i):
+    def load_and_count(i, **options):
         with asked.get_lock():
             asked.value += 1
-        return read(i)
+        return read(i, **options)
 
     read, source.load = source.load, load_and_count
-    options = {"seed": 0, "start_step": 0, "total_steps": 9, "workers": 2, "pin": False}
+    options = {"seed": 0, "start_step": 0, "total_steps": 9, "workers": 2}
     batches = iter(make_loader(source, POLICY, batch_size=6, pieces=1, **options))
     for _ in range(3):
         next(batches)
@@ -198,6 +197,36 @@ def test_the_next_epoch_is_loaded_before_it_is_asked_for(folder):
         time.sleep(0.01)
     assert len(list(batches)) == 6
     assert len(workers) == 2
+
+
+# --- large photographs
+
+
+def test_jpegs_are_scaled_where_that_is_asked_for_and_enough_is_left(tmp_path):
+    policy = CropPolicy(global_crops_size=16, local_crops_size=12, local_crops_number=2)
+    assert enough_pixels(policy) == math.ceil(12**2 / 0.05 / 0.75)  # the local crops' need: 3,840
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))  # smooth
+    expected = {"a.jpg": (64, 64), "b.jpg": (120, 75), "c.jpg": (61, 62), "d.jpg": (61, 125)}
+    for name, size in {
+        "a.jpg": (512, 512),
+        "b.jpg": (480, 300),
+        "c.jpg": (61, 62),
+        "d.jpg": (121, 250),
+    }.items():
+        coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / name, quality=95)
+    coarse.resize((512, 512)).save(tmp_path / "e.png")
+    source = open_source(str(tmp_path))
+    sizes = [source.load(i, enough=enough_pixels(policy)).size for i in range(5)]
+    assert sizes == [*expected.values(), (512, 512)]
+
+    (scaled,) = load(tmp_path, policy=policy, batch_size=5, total_steps=1, jpeg_scaling=True)
+    for place, index in enumerate(scaled.indices.tolist()):
+        image = source.load(index, enough=enough_pixels(policy))
+        drawn = draw(policy, 0, 0, index, image.size)
+        assert all(min(view.box[2:]) >= view.size for view in drawn)
+        for got, view in zip(scaled.views, drawn, strict=True):
+            assert torch.equal(got[place], to_tensor(render(image, view)))
 
 
 # --- files that cannot be read
@@ -241,7 +270,7 @@ def test_a_file_that_vanishes_during_the_run_is_reported(folder, tmp_path, worke
         os.link(folder / f"{i:02}.png", tmp_path / f"{i:02}.png")
     source = open_source(str(tmp_path))
     os.unlink(tmp_path / "07.png")
-    options = {"seed": 0, "start_step": 0, "total_steps": 1, "workers": workers, "pin": False}
+    options = {"seed": 0, "start_step": 0, "total_steps": 1, "workers": workers}
     (batch,) = make_loader(source, POLICY, batch_size=N, pieces=1, **options)
     assert batch.unreadable == [str(tmp_path / "07.png")]
     assert batch.reasons == ["no such file"]
@@ -335,7 +364,7 @@ def test_workers_follow_the_cores_this_process_may_use(monkeypatch, tmp_path, co
 def long_run(folder: Path) -> tuple[Iterator[Batch], list[int]]:
     """A run under way, and its workers' process ids."""
     before = {child.pid for child in multiprocessing.active_children()}
-    options = {"seed": 0, "start_step": 0, "total_steps": 10_000, "workers": 2, "pin": False}
+    options = {"seed": 0, "start_step": 0, "total_steps": 10_000, "workers": 2}
     batches = iter(make_loader(open_source(str(folder)), POLICY, batch_size=6, pieces=1, **options))
     next(batches), next(batches)  # one of each worker: both have set themselves up
     return batches, [child.pid for child in multiprocessing.active_children() if child.pid not in before]
@@ -386,7 +415,7 @@ def test_other_errors_pass_as_they_are(folder, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(data, "render", fail)
+    monkeypatch.setattr(data, "render_into", fail)
     with pytest.raises(type(error)) as caught:
         load(folder)
     assert caught.value is error
@@ -413,7 +442,7 @@ def test_a_process_that_ends_with_a_loader_under_way_does_not_hang(folder):
     code = f"""
 from fastdino.config import CropPolicy
 from fastdino.data import make_loader, open_source
-options = dict(batch_size=6, pieces=1, seed=0, start_step=0, total_steps=1000, workers=2, pin=False)
+options = dict(batch_size=6, pieces=1, seed=0, start_step=0, total_steps=1000, workers=2)
 batches = iter(make_loader(open_source({str(folder)!r}), CropPolicy(), **options))
 next(batches)
 class Kept:
@@ -433,7 +462,7 @@ def test_workers_end_with_the_iteration(folder):
 
 
 def test_workers_use_one_thread_each(folder, monkeypatch):
-    def tell(self, i):
+    def tell(self, i, enough=0):
         raise Unreadable(str(torch.get_num_threads()), "threads")
 
     monkeypatch.setattr(data.Source, "load", tell)
@@ -444,5 +473,5 @@ def test_workers_use_one_thread_each(folder, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_batches_come_pinned(folder):
-    (batch, *_) = load(folder, workers=1, pin=True)
+    (batch, *_) = load(folder, workers=1, device="cuda")
     assert all(v.is_pinned() for v in batch.views)

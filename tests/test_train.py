@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from tiny import make_config, make_images
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from benchmarks.parallel import CountSyncs
 from fastdino import checkpoint, train
 from fastdino.config import Config
+from fastdino.data.sources import Files
 from fastdino.dino import DINO
 from fastdino.monitor import Monitor, read_metrics
 
@@ -96,6 +98,32 @@ def test_resumed_run_equals_the_uninterrupted_bit_for_bit(images: Path, tmp_path
     assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
     assert sum(v.abs().sum().item() for v in expected.values() if v.is_floating_point()) > 0
     assert read_metrics(tmp_path / "stopped")[-1]["step"] == 6
+
+
+def test_waiting_for_images_is_measured_and_said_once_with_what_helps(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = Files.load
+
+    def slowly(self: Files, i: int, **options: int) -> Image.Image:
+        time.sleep(0.02)
+        return load(self, i, **options)
+
+    monkeypatch.setattr(Files, "load", slowly)
+    train.train(make_config(images, tmp_path / "slow", epochs=3))
+    said = capsys.readouterr().out
+    assert len(re.findall("of the time training waits for images; what may help: more --workers", said)) == 1
+    assert "step 2: " in said.partition("of the time training waits")[0].splitlines()[-1]
+    for line in read_metrics(tmp_path / "slow"):
+        assert 8 * 0.02 * line["images_per_s"] / 8 <= line["data_wait"] * 1.05 <= 1.05
+
+
+def test_a_run_that_does_not_wait_says_nothing_of_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "DATA_WAIT", 1.0)
+    train.train(make_config(images, tmp_path / "run", epochs=3))
+    assert "waits for images" not in capsys.readouterr().out
 
 
 def test_kill_9_loses_only_the_steps_since_the_last_save(images: Path, tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ def official(config: Config, dtype: torch.dtype) -> tuple[list[float], OfficialR
         start_step=0,
         total_steps=EPOCHS * PER_EPOCH,
         workers=0,
-        pin=False,
     )
     losses = []
     for it, batch in enumerate(loader):

@@ -5,27 +5,30 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from fastdino.config import CropPolicy
-from fastdino.data.crops import draw, render, to_tensor
-from fastdino.data.sources import Source, Unreadable, open_source
+from fastdino.data.crops import draw, enough_pixels, render_into
+from fastdino.data.sources import Source, Unreadable, epoch_order, open_source
 
 __all__ = [
     "Batch",
     "Loader",
     "Source",
     "Unreadable",
+    "choose_loader",
     "choose_workers",
     "crop_size_warning",
+    "epoch_order",
     "make_loader",
     "open_source",
     "share_of",
@@ -34,16 +37,31 @@ __all__ = [
 
 MAX_IN_A_ROW = 100  # unreadable files one after the other, before the run stops
 _CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
+T = TypeVar("T")
 
 
 @dataclass
 class Batch:
-    """Views of B images, on the CPU."""
+    """Views of B images, on the CPU, or where DALI decodes on the device."""
 
     views: list[Tensor]  # in the order g1 g2 l1 ... ln, each uint8 (B, 3, size, size), contiguous
-    indices: Tensor  # int64 (B,): the images used, as numbered by the source
+    indices: Tensor  # int64 (B,) on the CPU: the images used, as numbered by the source
     unreadable: list[str]  # paths of this batch's files that could not be read; others took their places
     reasons: list[str]  # why, in the same order
+    by_pillow: int = 0  # images that DALI could not decode or was not given, and Pillow did
+
+
+def choose_loader(name: str, device: torch.device) -> tuple[str, str]:
+    """The loader that --loader `name` means on a device, and what to tell the user, if anything."""
+    install = "install it with pip install 'fastdino[dali]' (CUDA 13) or 'fastdino[dali-cuda12]'"
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if name == "dali" and not installed:
+        return "torchvision", f"--loader dali: DALI is not installed, the CPU makes the crops; {install}"
+    if name == "auto":
+        if device.type == "cuda" and not installed:
+            return "torchvision", f"the CPU makes the crops; DALI would on the GPU: {install}"
+        return ("dali" if device.type == "cuda" else "torchvision"), ""
+    return name, ""
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -106,7 +124,10 @@ def make_loader(
     start_step: int,
     total_steps: int,
     workers: int,
-    pin: bool,
+    device: torch.device | str = "cpu",
+    loader: str = "torchvision",
+    shuffle_buffer: int = 0,
+    jpeg_scaling: bool = False,
     rank: int = 0,
     ranks: int = 1,
     local_ranks: int = 1,
@@ -121,23 +142,36 @@ def make_loader(
     row iterating raises Unreadable.
 
     workers: processes; 0 loads in this one, -1 takes the cores that this process may use, shared with the
-    local_ranks - 1 others on this machine, less one. pin: batches come in pinned memory. Raises ValueError
-    where batch_size is larger than the source or no multiple of pieces times ranks; iterating raises
-    RuntimeError if a worker dies.
+    local_ranks - 1 others on this machine, less one. device: where the views are wanted. loader: with
+    "torchvision" the workers decode and crop, into pinned memory for a GPU; with "dali" they read files,
+    DALI decodes and a kernel crops on the device. shuffle_buffer: see `Source.order`; for shards.
+    jpeg_scaling: the workers decode large JPEGs at a part of their size, see `crops.enough_pixels`. Raises
+    ValueError where batch_size is larger than the source or no multiple of pieces times ranks; iterating
+    raises RuntimeError if a worker dies.
     """
     steps_per_epoch(len(source), batch_size)
     share = share_of(batch_size, pieces, ranks)
     workers = choose_workers(share, local_ranks) if workers < 0 else workers
+    device = torch.device(device)
+    steps = range(start_step, total_steps)
+    options: dict[str, Any] = {
+        "batch_sampler": _Order(source, shuffle_buffer, batch_size, share, seed, steps, rank, ranks),
+        "num_workers": workers,
+        "collate_fn": _as_is,
+        "worker_init_fn": _init_worker,
+        "prefetch_factor": 2 if workers else None,
+        "generator": torch.Generator(),  # else the loader would draw from torch's global generator
+    }
+    if loader == "dali":
+        from fastdino.data.dali import DaliLoader, Encoded
+
+        encoded = DataLoader(Encoded(source, policy, seed), **options)
+        return DaliLoader(encoded, policy, device, share, threads=choose_workers(8, local_ranks))
     return Loader(
         DataLoader(
-            _Crops(source, policy, seed),
-            batch_sampler=_Order(len(source), batch_size, share, seed, start_step, total_steps, rank, ranks),
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin,
-            worker_init_fn=_init_worker,
-            prefetch_factor=2 if workers else None,
-            generator=torch.Generator(),  # else the loader would draw from torch's global generator
+            Crops(source, policy, seed, enough_pixels(policy) if jpeg_scaling else 0),
+            pin_memory=device.type == "cuda",
+            **options,
         ),
         policy,
     )
@@ -148,7 +182,7 @@ class Loader:
 
     def __init__(self, loader: DataLoader, policy: CropPolicy) -> None:
         self._loader = loader
-        self._sizes = _view_sizes(policy)
+        self.sizes = view_sizes(policy)
 
     @property
     def workers(self) -> int:
@@ -159,6 +193,17 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        with closing(self.arriving()) as arriving:
+            for pixels, indices, failed in arriving:
+                yield Batch(
+                    split_views(pixels, self.sizes),
+                    indices,
+                    [path for path, _ in failed],
+                    [reason for _, reason in failed],
+                )
+
+    def arriving(self) -> Generator[Any, None, None]:
+        """What the dataset makes of each piece; raises what it returned as Unreadable."""
         batches = iter(self._loader)
         died = ""
         try:
@@ -180,13 +225,7 @@ class Loader:
                     )
                 if isinstance(loaded, Unreadable):
                     raise loaded
-                pixels, indices, failed = loaded
-                yield Batch(
-                    views=_split(pixels, self._sizes),
-                    indices=indices,
-                    unreadable=[path for path, _ in failed],
-                    reasons=[reason for _, reason in failed],
-                )
+                yield loaded
         finally:
             del batches  # ends the workers now, not when the traceback that holds this frame is dropped
 
@@ -195,13 +234,14 @@ class Loader:
 Loaded = tuple[Tensor, Tensor, list[tuple[str, str]]]
 
 
-def _view_sizes(policy: CropPolicy) -> list[int]:
+def view_sizes(policy: CropPolicy) -> list[int]:
+    """Side in pixels of each view of an image."""
     return [policy.global_crops_size] * policy.n_global + [
         policy.local_crops_size
     ] * policy.local_crops_number
 
 
-def _split(pixels: Tensor, sizes: list[int]) -> list[Tensor]:
+def split_views(pixels: Tensor, sizes: list[int]) -> list[Tensor]:
     """Views (B, 3, size, size) of the flat pixels of a batch."""
     n = pixels.numel() // (3 * sum(size**2 for size in sizes))
     parts = pixels.split([n * 3 * size**2 for size in sizes])
@@ -213,82 +253,88 @@ class _Order(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        n: int,
+        source: Source,
+        buffer: int,
         batch_size: int,
         share: int,
         seed: int,
-        start_step: int,
-        total_steps: int,
+        steps: range,
         rank: int,
         ranks: int,
     ) -> None:
-        self.n, self.batch_size, self.share, self.seed = n, batch_size, share, seed
-        self.steps = range(start_step, total_steps)
+        self.source, self.buffer = source, buffer
+        self.batch_size, self.share, self.seed, self.steps = batch_size, share, seed, steps
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
         return len(self.steps) * (self.batch_size // (self.share * self.ranks))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = steps_per_epoch(self.n, self.batch_size)
+        per_epoch = steps_per_epoch(len(self.source), self.batch_size)
         share, piece = self.share, self.share * self.ranks
         current = -1
         for step in self.steps:
             epoch, place = divmod(step, per_epoch)
             if epoch != current:
-                order, current = epoch_order(self.n, self.seed, epoch), epoch
+                order, current = self.source.order(self.seed, epoch, self.buffer), epoch
             for first in range(place * self.batch_size, (place + 1) * self.batch_size, piece):
                 start = first + self.rank * share
                 yield [(epoch, i) for i in order[start : start + share].tolist()]
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The images of an epoch in their order, int64 (n,): a permutation that follows from (seed, epoch)."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
-
-
-class _Crops(Dataset[Loaded | Unreadable]):
+class Crops(Dataset[Loaded | Unreadable]):
     """Makes a whole batch at once, so that each pixel is written once, into the memory that is sent."""
 
-    def __init__(self, source: Source, policy: CropPolicy, seed: int) -> None:
-        self.source, self.policy, self.seed = source, policy, seed
-        self.sizes = _view_sizes(policy)
+    def __init__(self, source: Source, policy: CropPolicy, seed: int, enough: int = 0) -> None:
+        self.source, self.policy, self.seed, self.enough = source, policy, seed, enough
+        self.sizes = view_sizes(policy)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Loaded | Unreadable:
         """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
         # all views in one tensor: one file descriptor and one pinned allocation a batch, not one a view
-        pixels = torch.empty(len(items) * 3 * sum(size**2 for size in self.sizes), dtype=torch.uint8)
-        views = _split(pixels, self.sizes)
+        pixels = room(len(items) * 3 * sum(size**2 for size in self.sizes))
+        views = split_views(pixels, self.sizes)
         indices = torch.empty(len(items), dtype=torch.int64)
         failed: list[tuple[str, str]] = []
         for place, (epoch, index) in enumerate(items):
             try:
-                used, image = self._load(index, failed)
+                used, image = readable(
+                    self.source, index, failed, lambda i: self.source.load(i, enough=self.enough)
+                )
             except Unreadable as error:
                 return error
             indices[place] = used
-            for out, view in zip(views, draw(self.policy, self.seed, epoch, index, image.size), strict=True):
-                out[place] = to_tensor(render(image, view))
+            drawn = draw(self.policy, self.seed, epoch, index, image.size)
+            render_into(image, drawn, [view[place : place + 1] for view in views])
         return pixels, indices, failed
 
-    def _load(self, index: int, failed: list[tuple[str, str]]) -> tuple[int, Image.Image]:
-        """The image, or the next readable one, with its index.
 
-        Only the first file is noted in `failed`: the others have places of their own.
-        """
-        n = len(self.source)
-        tries = min(MAX_IN_A_ROW, n)
-        for used in range(index, index + tries):
-            try:
-                return used % n, self.source.load(used % n)
-            except Unreadable as error:
-                last = error
-                if used == index:
-                    failed.append((error.path, error.reason))
-        raise Unreadable(
-            last.path, f"{last.reason}; so were the {tries - 1} files before it: are the paths right?"
-        )
+def room(n: int) -> Tensor:
+    """uint8 (n,) to fill; in a worker, memory that is sent without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(n, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(n))
+
+
+def readable(
+    source: Source, index: int, failed: list[tuple[str, str]], load: Callable[[int], T]
+) -> tuple[int, T]:
+    """What `load` gives for the image, or for the next one that can be read, with its index.
+
+    Only the first file is noted in `failed`: the others have places of their own.
+    """
+    n = len(source)
+    tries = min(MAX_IN_A_ROW, n)
+    for used in range(index, index + tries):
+        try:
+            return used % n, load(used % n)
+        except Unreadable as error:
+            last = error
+            if used == index:
+                failed.append((error.path, error.reason))
+    raise Unreadable(
+        last.path, f"{last.reason}; so were the {tries - 1} files before it: are the paths right?"
+    )
 
 
 def _as_is(loaded: Any) -> Any:
@@ -320,11 +366,16 @@ def choose_workers(batch: int, local_ranks: int = 1) -> int:
 
     `local_ranks` processes of this machine share its cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores() // local_ranks - 1, batch))
+
+
+def cores() -> int:
+    """Cores of this machine that this process may use."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open(_CPU_QUOTA) as file:  # a container's share: "200000 100000" is two cores
             quota, period = file.read().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+        number = min(number, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass
-    return max(1, min(cores // local_ranks - 1, batch))
+    return number
