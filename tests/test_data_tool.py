@@ -440,17 +440,24 @@ def test_check_exits_with_1_if_nothing_can_be_read(tmp_path, capsys):
     assert "not a JPEG" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_a_check_cleanly(tmp_path, monkeypatch, capfd):
-    fill(tmp_path / "in", some(300))
+@pytest.mark.parametrize("command", ["check", "pack"])
+def test_ctrl_c_ends_it_cleanly_and_at_once(tmp_path, monkeypatch, capfd, command):
+    fill(tmp_path / "in", some(202))
+    out = tmp_path / "out"
+    # a process has 200 images to pack, the other one is soon idle
+    options = {"check": [], "pack": [out, "--images-per-shard", 200]}[command]
     with monkeypatch.context() as patch:
         slow(patch)
-        stopped = child(lambda: os._exit(int(run("check", tmp_path / "in", "--workers", 2))))
+        stopped = child(lambda: os._exit(int(run(command, tmp_path / "in", *options, "--workers", 2))))
+    if command == "pack":
+        wait_for(lambda: list(out.glob("000001.tar")))
     time.sleep(0.3)
     os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does
     stopped.join()
     wait_for(lambda: not processes(stopped.pid))
     assert stopped.exitcode == 130
     assert capfd.readouterr() == ("", "fastdino-data: stopped\n")
+    assert not list(out.glob("000000*"))
 
 
 def test_the_hashes_of_all_images_are_grouped():

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -383,7 +384,7 @@ def moved(path: Path) -> None:
     ("change", "reason"),
     [
         (os.unlink, "no such file"),
-        (lambda path: os.truncate(path, 700), "has changed"),
+        (lambda path: os.truncate(path, 600), "has changed"),
         (lambda path: os.truncate(path, 0), "has changed"),
         (replaced, "has changed"),
         (overwritten, "has changed"),
@@ -401,10 +402,19 @@ def test_a_shard_that_changes_gives_unreadable_or_what_it_held(tmp_path, opened,
         assert [source.read(k) for k in range(4)] == [png(k) for k in range(4)]
         return
     for use in (source.read, source.load, source.size):
-        with pytest.raises(Unreadable, match=reason) as caught:
-            use(1)
-        assert caught.value.path.startswith(f"{path}/")
+        for i in range(4):
+            with pytest.raises(Unreadable, match=reason) as caught:
+                use(i)
+            assert caught.value.path.startswith(f"{path}/")
     assert source.path(1).startswith(f"{path}/image at byte ")
+
+
+def test_the_size_counts_where_the_checksum_of_the_header_is_the_same(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.png", b"x" * 0o12)])
+    source = open_source(str(path))
+    write_tar(path, [("a.png", b"x" * 0o21)])
+    with pytest.raises(Unreadable, match="has changed"):
+        source.read(0)
 
 
 # --- processes
@@ -478,6 +488,17 @@ def test_an_image_takes_12_bytes_and_its_label_8(tmp_path):
     write_tar(tmp_path / "x.tar", [(f"{k % 2}/{k}.png", b"x") for k in range(2000)])
     source = open_source(str(tmp_path / "x.tar"))
     assert len(pickle.dumps(source)) / len(source) < 12 + 8 + 0.5
+
+
+def test_indexing_holds_no_object_for_each_member(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [(f"{k}.{x}", b"1") for k in range(3000) for x in ("png", "cls")])
+    scan(str(path))
+    tracemalloc.start()
+    try:
+        assert len(scan(str(path)).records) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 3000 * 64 + 200_000
+    finally:
+        tracemalloc.stop()
 
 
 def write_index(path: Path) -> None:
