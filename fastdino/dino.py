@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdino import adapter, checkpoint, ops, vit
+from fastdino import adapter, checkpoint, distributed, ops, vit
 from fastdino.config import Config, ModelConfig
 from fastdino.head import DINOHead
 from fastdino.loss import DINOLoss
+from fastdino.monitor import vitals
 from fastdino.vit import VisionTransformer, resize_positions
 
 VITS: dict[str, Callable[..., VisionTransformer]] = {
@@ -226,7 +227,9 @@ def load_backbone(path: str, device: str | torch.device = "cpu", arch: str = "")
 
 
 class MultiCrop(nn.Module):
-    """Backbone and head over crops of several sizes."""
+    """Backbone and head over crops of several sizes; `features` are the backbone's (V * B, D), last time."""
+
+    features: Tensor
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -244,6 +247,7 @@ class MultiCrop(nn.Module):
             else:
                 sizes = groupby(crops, key=lambda crop: crop.shape[-2:])
                 features = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
+        self.features = features.detach()
         return self.head(features)
 
 
@@ -296,6 +300,7 @@ class DINO(nn.Module):
             method.centering,
         )
         self.teacher_update = method.teacher_update
+        self.vitals = torch.empty(0)
 
     def load_weights(self, path: str) -> list[str]:
         """Begin with the weights in `path`, any that `checkpoint.read_weights` reads: student, teacher, and
@@ -339,6 +344,7 @@ class DINO(nn.Module):
         epoch: int,
         freeze_backbone: bool = False,
         student: nn.Module | None = None,
+        examine: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Loss of one batch, and the mean of its teacher logits for `loss.update_center`.
 
@@ -350,6 +356,7 @@ class DINO(nn.Module):
             epoch: from 0; selects the teacher temperature.
             freeze_backbone: the student's head alone gets a gradient.
             student: what is called in the student's place, as its DistributedDataParallel.
+            examine: leave in `self.vitals` what `monitor.vitals` makes of this batch.
 
         Returns:
             loss: scalar, float32.
@@ -358,8 +365,23 @@ class DINO(nn.Module):
         with torch.no_grad():
             teacher_output = self.teacher(crops[: self.n_global])
         student_output = (student or self.student)(crops, freeze_backbone)
+        if examine:
+            temp, center = float(self.loss.teacher_temp_schedule[epoch]), self.loss.center[0]
+            if self.loss.centering == "sinkhorn":
+                center = ops.sinkhorn_center(teacher_output, temp)
+            self.vitals = vitals(teacher_output, center, temp, student_output, self.teacher.features)
         # these logits have no other reader: the last layer's backward needs its input alone
         return self.loss.cross_entropy(student_output, teacher_output, epoch, inplace_backward=True)
+
+    @torch.no_grad()
+    def teacher_distance(self) -> Tensor:
+        """Norm of the difference of the teacher's parameters from the student's, over the student's norm."""
+        pairs = [(t, s) for t, s in zip(self.teacher.parameters(), self.student.parameters(), strict=True)]
+        # one tensor at a time: all differences at once would take the memory of a network
+        apart = [(distributed.local(t) - distributed.local(s)).norm() for t, s in pairs]
+        students = [s for _, s in pairs]
+        whole = distributed.norms(students)
+        return distributed.norms(apart, like=students[0]).norm() / whole.norm().clamp_min(1e-30)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, new_epoch: bool = False) -> None:

@@ -29,7 +29,7 @@ from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.dino import DINO, build_backbone
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn
-from fastdino.monitor import Monitor, plot_curves, read_metrics
+from fastdino.monitor import VITALS, Doctor, Monitor, plot_curves, read_metrics
 
 # What a process that was told to go exits with, once all is saved: EX_TEMPFAIL of sysexits.h, "temporary
 # failure, run me again". Ctrl-C has 130, as everywhere.
@@ -244,7 +244,8 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             + f" · {cfg.epochs} epochs of {steps_per_epoch} updates of {cfg.batch_size} images"
             + (f", {left_out} left out of each" if left_out else "")
         )
-        for line in (*begun_from, note, about_loader, *source.notes, *damaged):
+        doctor = Doctor(config, ranks)
+        for line in (*begun_from, note, about_loader, *source.notes, *damaged, *doctor.before()):
             if line:
                 monitor.say(line)
         if start:
@@ -312,19 +313,25 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         batches = iter(loader)
         warmup, head_only = optim.warmup_steps(cfg, steps_per_epoch), cfg.head_warmup_steps
         # Of each step since the last log line: loss, gradient norm, and the means over ranks of: whether to
-        # stop, unreadable files, seconds waited for data, images left to Pillow. Read when logging.
-        history = torch.zeros(config.run.log_every, 6, device=device)
+        # stop, unreadable files, seconds waited for data, images left to Pillow, and of the last step VITALS.
+        # Read when logging.
+        history = torch.zeros(config.run.log_every, 6 + len(VITALS), device=device)
+        no_vitals = torch.zeros(len(VITALS), device=device)
         since: list[tuple[int, float, list[Tensor]]] = []  # step, lr and this rank's images of each row of it
         failed: list[tuple[int, str, str]] = []  # step, path and reason of this rank's unreadable files since
         values: dict[str, Any] = (read_metrics(out) or [{}])[-1] if start == total else {}
         in_a_row, paused, began = 0, 0.0, time.perf_counter()
-        by_pillow, lines, advice = 0, 0, waiting_advice(how, loader.workers)
+        by_pillow, lines, advice = 0, 0, waiting_advice(how, loader.workers, device)
 
         for step in range(start, total):
             epoch, in_epoch = divmod(step, steps_per_epoch)
             last_of_epoch = in_epoch == steps_per_epoch - 1
             if in_epoch == 0:
                 unreadable["epoch"] = set()
+            done = step + 1
+            save_due = done == total or done % config.run.save_every == 0
+            save_due |= bool(milestone) and done % milestone == 0
+            logged = done % config.run.log_every == 0 or last_of_epoch or save_due
 
             # Schedules.
             lr = optim.peak_lr(cfg) * (step + 1) / max(head_only, 1)
@@ -350,18 +357,22 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 failed += [(step + 1, *its) for its in zip(batch.unreadable, batch.reasons, strict=True)]
                 views = [crops.normalize(v.to(device, non_blocking=True), policy) for v in batch.views]
                 last = piece == cfg.accumulate - 1
+                examine = logged and last
                 with distributed.communicating(student, gradients=last):
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        its_loss, mean = dino(views, epoch, step < head_only, student)
+                        its_loss, mean = dino(views, epoch, step < head_only, student, examine)
                     loss += its_loss.detach() / cfg.accumulate
                     means.append(mean)
                     if last:
                         # What all ranks must know, on its way while the backward pass runs.
                         stop, unread = float(bool(caught)), float(len(failed) - files)
                         extras = [torch.full((), x, device=device) for x in (stop, unread, waited, left)]
-                        shared = distributed.start_mean(
-                            torch.cat((torch.stack((loss, *extras)), torch.stack(means).mean(dim=0)))
+                        parts = (
+                            torch.stack((loss, *extras)),
+                            dino.vitals if examine else no_vitals,
+                            torch.stack(means).mean(dim=0),
                         )
+                        shared = distributed.start_mean(torch.cat(parts))
                     scaler.scale(its_loss / cfg.accumulate).backward()
 
             # The student's step, which changes nothing where loss or gradient is not finite.
@@ -370,7 +381,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             optim.hand_over_gradients(optimizer)
             scaler.unscale_(optimizer)
             norm = optim.clip_gradients(dino.student, cfg.clip_grad, cfg.clip)
-            loss, others, teacher_mean = shared().split([1, 4, len(mean)])
+            loss, others, teacher_mean = shared().split([1, 4 + len(VITALS), len(mean)])
             finite = torch.isfinite(loss)
             if config.method.teacher_update == "previous_iteration":
                 dino.update_teacher(momentum)
@@ -392,12 +403,10 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             since.append((step + 1, lr, seen))
 
             # What a person sees: the only place that waits for the device.
-            done = step + 1
             stopping = stop > 0 and ranks == 1
-            save_due = done == total or done % config.run.save_every == 0 or stopping
-            save_due |= bool(milestone) and done % milestone == 0
-            if not (done % config.run.log_every == 0 or last_of_epoch or save_due):
+            if not (logged or stopping):
                 continue
+            distance = dino.teacher_distance()
             rows = history[: len(since)].tolist()
             elapsed = time.perf_counter() - began - paused
             stopping = any(row[2] for row in rows)  # on any rank, and so on all of them
@@ -447,6 +456,15 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 "unreadable": len(unreadable["run"]),
                 "skipped": skipped,
             }
+            if logged and math.isfinite(rows[-1][0]):
+                values |= dict(zip(VITALS, rows[-1][6:], strict=True))
+                values |= {
+                    "kl": rows[-1][0] - values["teacher_entropy"],
+                    "center_norm": dino.loss.center.norm().item(),
+                    "teacher_distance": distance.item(),
+                }
+            for sentence in doctor.examine(done, values, last_of_epoch) if logged else ():
+                monitor.say(f"step {done}: {sentence}")
             if how == "dali":
                 values["decoded_by_pillow"] = by_pillow
             if device.type == "cuda":  # torch's, DALI's, the context's, and that of other processes
@@ -503,12 +521,12 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def waiting_advice(loader: str, workers: int) -> str:
+def waiting_advice(loader: str, workers: int, device: torch.device) -> str:
     """What to do where training waits for images."""
     cores = data.cores()
     hints = [
         f"more --workers ({workers} now, on {cores} cores)" if workers < cores else "",
-        "" if loader == "dali" else "--loader dali where there is a GPU",
+        "--loader dali" if loader != "dali" and device.type == "cuda" else "",
         "--jpeg-scaling True if the photographs are far larger than the crops" if loader != "dali" else "",
         "shards (fastdino-data pack) if many small files are what is slow, or a faster disk",
     ]

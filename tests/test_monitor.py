@@ -165,7 +165,7 @@ def test_curves_show_the_numbers_of_the_run(tmp_path: Path, drawn, monkeypatch: 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
     numbers = {"grad_norm": 2.0, "lr": 0.1, "momentum": 0.99, "images_per_s": 50.0}
     with Monitor(tmp_path, 0, 30, {}) as m:
-        m.record(10, {"loss": 6.0, **numbers})
+        m.record(10, {"loss": 6.0, "teacher_entropy": 4.5, "kl": 1.5, **numbers})
         m.record(15, {"nonfinite": "loss is nan", "lr": 0.1, "images": ["a.png"]})
         m.record(20, {"loss": math.nan, **numbers, "knn_10": 1.0, "knn_20": 40.0})
         m.record(30, {"loss": 5.0, **numbers, "knn_10": 2.0, "knn_20": 60.0})
@@ -175,7 +175,8 @@ def test_curves_show_the_numbers_of_the_run(tmp_path: Path, drawn, monkeypatch: 
         image.load()
         assert image.format == "PNG"
     points = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in drawn[0].axes}
-    loss, uniform = points["loss"]
+    loss, entropy, divergence, uniform = points["loss and its parts"]
+    assert (entropy, divergence) == ([[10, 4.5]], [[10, 1.5]])
     assert loss == [[10, 6.0], [30, 5.0]]
     assert [y for _, y in uniform] == [pytest.approx(math.log(512))] * 2
     assert points["k-NN accuracy of the teacher (%)"] == [[[20, 40.0], [30, 60.0]]]
