@@ -172,7 +172,8 @@ def vitals(teacher: Tensor, center: Tensor, teacher_temp: float, student: Tensor
     low, high = torch.aminmax(student)
     unit = torch.nn.functional.normalize(features.float(), dim=1)
     apart = unit - unit.mean(dim=0)
-    products = apart @ apart.T  # (n, n): n is the smaller side
+    with torch.autocast(apart.device.type, enabled=False):
+        products = apart @ apart.T  # (n, n): n is the smaller side
     total, squares = products.diagonal().sum(), products.square().sum()
     spread = apart.square().mean(dim=0).sqrt().mean() * unit.shape[1] ** 0.5
     return torch.stack(

@@ -127,7 +127,7 @@ def prepare(job: dict[str, Any], rank: int) -> None:
 def keep_draws(folder: Path, rank: int) -> None:
     """Write down what this rank draws: crops by (epoch, index), and orders of stochastic depth."""
     seen: list[Any] = []
-    kept, items = vit.draw_kept, data._Crops.__getitems__
+    kept, items = vit.draw_kept, data.Crops.__getitems__
 
     def draw_kept(images: int, rates: Any) -> Any:
         drawn = kept(images, rates)
@@ -141,7 +141,7 @@ def keep_draws(folder: Path, rank: int) -> None:
     def write() -> None:
         (folder / f"draws_{rank}.json").write_text(json.dumps(seen))
 
-    vit.draw_kept, data._Crops.__getitems__ = draw_kept, getitems
+    vit.draw_kept, data.Crops.__getitems__ = draw_kept, getitems
     atexit.register(write)
 
 

@@ -156,7 +156,8 @@ def test_vitals_are_their_formulas(n: int, k: int, d: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(n)
     teacher, student = (torch.randn(m, k, generator=generator).to(dtype) for m in (n, 5 * n))
     center, features = torch.randn(k, generator=generator) / 3, torch.randn(n, d, generator=generator) + 0.5
-    got = vitals(teacher, center, 0.3, student, features.to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        got = vitals(teacher, center, 0.3, student, features.to(dtype))
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx(
         reference(teacher, center, 0.3, student, features.to(dtype)), rel=2e-5
