@@ -144,7 +144,8 @@ class DaliLoader(Loader):
                 if decoding is not None and not all(decoding.decoded):
                     try:
                         (outputs,) = pipeline.share_outputs(cuda_stream=self.stream)
-                        images = [torch.from_dlpack(image) for image in outputs]
+                        with torch.cuda.stream(self.stream):  # else the trainer's would wait for the decoder
+                            images = [torch.from_dlpack(image) for image in outputs]
                     except (RuntimeError, IndexError):  # one file that DALI cannot read ends a pipeline
                         pipeline, decoding = None, self._by_pillow(decoding)
                 if piece is not None:
@@ -156,7 +157,7 @@ class DaliLoader(Loader):
                         pipeline.schedule_run()
                 before, made = made, None
                 if decoding is not None:
-                    with torch.cuda.stream(self.stream):  # which does nothing where it is None
+                    with torch.cuda.stream(self.stream):  # nothing where there is none
                         batch = self._crop(decoding, images)
                         if not checked:
                             self._check(decoding, batch.views)
@@ -200,17 +201,13 @@ class DaliLoader(Loader):
     def _crop(self, piece: Piece, decoded: list[Tensor]) -> Batch:
         rest, images, by_pillow = iter(decoded), [], 0
         for i, (height, width) in enumerate(piece.sizes):
+            shape, its = (height, width, 3), piece.of(i)
             image = None if piece.decoded[i] else next(rest)
-            if image is None or tuple(image.shape) != (
-                height,
-                width,
-                3,
-            ):  # or DALI turned what Pillow does not
+            if image is None or tuple(image.shape) != shape:  # or DALI turned what Pillow does not
                 by_pillow += 1
-                its = piece.of(i)
                 if image is not None:
                     its = pixels(decode_image(its.numpy().tobytes(), "")).reshape(-1)
-                image = its.reshape(height, width, 3).to(self.device, non_blocking=True)
+                image = its.reshape(shape).to(self.device, non_blocking=True)
             images.append(image)
         out = [
             torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
