@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdino import data, train
 from fastdino.config import PRESETS, CropPolicy
-from fastdino.data import Batch, Unreadable, choose_loader, make_loader, open_source
+from fastdino.data import Batch, Unreadable, choose_loader, make_loader, open_source, tool
 from fastdino.data import dali as module
 from fastdino.data.crops import View, draw, render, to_tensor
 
@@ -283,6 +283,34 @@ def test_probabilities_seen_in_the_pixels(same, loader, operation):
     for view, p in enumerate(expected):
         n = int(shows(torch.cat([batch.views[view] for batch in batches])).sum())
         assert abs(n - p * N) <= 4 * (p * (1 - p) * N) ** 0.5, (view, n / N)
+
+
+# --- shards
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_shards_through_both_loaders_at_any_ranks_workers_and_resumes(folder, tmp_path):
+    """Twelve images in shards of five, read through a shuffle buffer of four: each once, always the same."""
+    tool.Pack(data=str(folder), out=str(tmp_path / "shards"), images_per_shard=5, workers=1).run()
+    shards = tmp_path / "shards"
+    options = {"shuffle_buffer": 4, "total_steps": 6}
+    whole = load(shards, "torchvision", **options)
+    for epoch in (whole[:3], whole[3:]):
+        assert sorted(i for batch in epoch for i in batch.indices.tolist()) == list(range(12))
+    assert [b.indices.tolist() for b in whole[:3]] != [b.indices.tolist() for b in whole[3:]]
+    for loader in ("torchvision", "dali"):
+        for workers, start in ((0, 0), (2, 0), (3, 4)):
+            got = load(shards, loader, workers=workers, start_step=start, **options)
+            assert_same(got, whole[start:])
+            assert sum(batch.by_pillow for batch in got) == 0
+        for ranks in (2, 4):
+            parts = [
+                load(shards, loader, rank=r, ranks=ranks, workers=r % 2, **options) for r in range(ranks)
+            ]
+            for batch, *shares in zip(whole, *parts, strict=True):
+                assert torch.equal(torch.cat([share.indices for share in shares]), batch.indices)
+                for view, *its in zip(batch.views, *(share.views for share in shares), strict=True):
+                    assert torch.equal(torch.cat(its), view)
 
 
 # --- files that are not plain
