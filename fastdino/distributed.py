@@ -431,7 +431,7 @@ def parallelize(
         elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
             backbone.set_grad_checkpointing()
         else:
-            raise ValueError("--activation-checkpointing True: this network has no blocks to checkpoint")
+            raise ValueError("--activation-checkpointing: this network has no blocks to checkpoint")
     has_batch_norm = ranks() > 1 and _synchronize_batch_norm(network, device)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         # A graph each for student and teacher, with and without stochastic depth, the last block, evaluation.

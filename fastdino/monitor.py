@@ -261,7 +261,7 @@ class Doctor:
             (
                 logit > max(20.0, 10 * self.first_logit),
                 f"logits grow, to {logit:.3g} from {self.first_logit:.3g}, since step {{since}}: NaN is on "
-                "its way. Set --norm-last-layer True, or lower --lr or --clip-grad",
+                "its way. Set --norm-last-layer, or lower --lr or --clip-grad",
             ),
             (
                 run.precision == "fp16" and now - before > max(4, (last - first) / 2),

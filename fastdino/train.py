@@ -527,7 +527,7 @@ def waiting_advice(loader: str, workers: int, device: torch.device) -> str:
     hints = [
         f"more --workers ({workers} now, on {cores} cores)" if workers < cores else "",
         "--loader dali" if loader != "dali" and device.type == "cuda" else "",
-        "--jpeg-scaling True if the photographs are far larger than the crops" if loader != "dali" else "",
+        "--jpeg-scaling if the photographs are far larger than the crops" if loader != "dali" else "",
         "shards (fastdino-data pack) if many small files are what is slow, or a faster disk",
     ]
     return "training waits for images; what may help: " + "; ".join(hint for hint in hints if hint)

@@ -355,6 +355,22 @@ def test_flags_override_one_field_and_no_other(flag, monkeypatch: pytest.MonkeyP
     assert leaves(PRESETS["vit-small-16"][1])[name] != value
 
 
+def test_flags_named_in_readme_and_in_messages_are_flags(monkeypatch, capsys):
+    """A switch takes no word after it, and what we tell people to type is to be typed."""
+    parse_help = pytest.raises(SystemExit)
+    with parse_help:
+        parse(monkeypatch, "vit-small-16", "--help")
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    root = Path(__file__).parents[1]
+    for path in (root / "README.md", *(root / "fastdino").rglob("*.py")):
+        text = path.read_text()
+        assert not re.findall(r"--[a-z-]+ (?:True|False)\b", text), path
+    lines = re.findall(r"fastdino-train (?:[a-z0-9-]+) (.*(?:\\\n.*)*)", (root / "README.md").read_text())
+    named = {flag for line in lines for flag in re.findall(r"--[a-z][a-z-]+", line)}
+    assert {"--data", "--out", "--init-from"} <= named
+    assert named <= known
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_every_preset_mentions_each_flag_without_prefix(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -113,7 +113,7 @@ def test_the_same_images_give_the_same_bytes_with_any_number_of_processes(tmp_pa
 def test_the_order_is_kept_or_mixed_by_another_seed(tmp_path):
     fill(tmp_path / "in", some(20))
     source = open_source(str(tmp_path / "in"))
-    assert run("pack", tmp_path / "in", tmp_path / "a", "--shuffle", "False") == 0
+    assert run("pack", tmp_path / "in", tmp_path / "a", "--no-shuffle") == 0
     assert held(open_source(str(tmp_path / "a"))) == held(source)
     assert run("pack", tmp_path / "in", tmp_path / "b", "--seed", "7") == 0
     expected = [held(source)[i] for i in source.order(7, 0).tolist()]
@@ -135,11 +135,11 @@ def test_names_stay_readable_and_become_unique_keys(tmp_path):
     fill(tmp_path / "in", {name: encoded(i, (9, 8)) for i, name in enumerate(listed)})
     lines = [os.fsencode(name) + b"\t%d\n" % (i % 2) for i, name in enumerate(listed)]
     (tmp_path / "in" / "list.txt").write_bytes(b"".join(lines))
-    assert run("pack", tmp_path / "in" / "list.txt", tmp_path / "out", "--shuffle", "False") == 0
+    assert run("pack", tmp_path / "in" / "list.txt", tmp_path / "out", "--no-shuffle") == 0
     source, packed = open_source(str(tmp_path / "in" / "list.txt")), open_source(str(tmp_path / "out"))
     assert [packed.name(i) for i in range(len(packed))] == list(listed.values())
     assert held(packed) == held(source)
-    assert run("pack", tmp_path / "out", tmp_path / "again", "--shuffle", "False") == 0  # shards as well
+    assert run("pack", tmp_path / "out", tmp_path / "again", "--no-shuffle") == 0  # shards as well
     assert held(open_source(str(tmp_path / "again"))) == held(source)
 
 

@@ -148,7 +148,7 @@ def test_a_network_that_cannot_checkpoint_is_refused(compiled: list) -> None:
     with torch.device("meta"):
         network = models.resnet18()
     parallelize(network, RunConfig(), CPU)
-    with pytest.raises(ValueError, match=r"--activation-checkpointing True: this network has no blocks"):
+    with pytest.raises(ValueError, match=r"--activation-checkpointing: this network has no blocks"):
         parallelize(network, RunConfig(activation_checkpointing=True, compile="on"), CPU)
     assert compiled == []
 

@@ -87,7 +87,7 @@ SAID = (
                 "weight_decay_end": 0.0,
             },
             r"logits grow, to [0-9.]+ from [0-9.]+, since step \d+: NaN is on its way\. Set "
-            r"--norm-last-layer True, or lower --lr or --clip-grad",
+            r"--norm-last-layer, or lower --lr or --clip-grad",
         ),
         (
             {"precision": "fp16", "lr": 400.0, "clip_grad": 0.0, "batch_size": 8, "max_nonfinite": 12},

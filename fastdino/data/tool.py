@@ -163,7 +163,7 @@ class Pack:
     """New or empty folder for the shards."""
     images_per_shard: int = 10_000
     """Images in a tar: 10,000 of 100 kB make 1 GB. Take less for larger images."""
-    shuffle: tyro.conf.FlagConversionOff[bool] = True
+    shuffle: bool = True
     """Mix the images over all shards, so that reading a shard in sequence gives a mixture of classes."""
     seed: int = 0
     """Another seed mixes them otherwise."""
