@@ -56,7 +56,7 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
             ("ema", 120, [*tiny, "--out", str(out / "ema"), "--prototypes", "--archs", "vit_tiny"]),
             (
                 "step",
-                120,
+                300,
                 [*STEP, "--device", "cpu", "--out", str(out / "step"), *small_step],
             ),
             (
