@@ -1,18 +1,23 @@
-"""Weighted k-NN against a slow loop over images and neighbours, and over the images of folders."""
+"""Weighted k-NN against a slow loop and scikit-learn, and over the images of folders."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from fastdino.config import CropPolicy
 from fastdino.data import open_source
+from fastdino.eval import knn
 from fastdino.eval.features import extract, raw_pixels
-from fastdino.eval.knn import KS, TEMPERATURE, evaluate_knn, knn_accuracy
+from fastdino.eval.knn import KS, TEMPERATURE, evaluate_knn, knn_accuracy, knn_correct
 
 POLICY = CropPolicy(global_crops_size=14, local_crops_number=0)
 
@@ -66,6 +71,55 @@ def test_chunks_change_nothing(leave_one_out, chunk_bytes):
     test = () if leave_one_out else clusters(57, [0, 1, 2])
     whole = knn_accuracy(train, labels, *test)
     assert knn_accuracy(train, labels, *test, chunk_bytes=chunk_bytes) == whole
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("columns", [1, 13, 80])
+@pytest.mark.parametrize("ks", [(1, 5), (20, 200)])  # fewer and more than a block of neighbours has
+def test_blocks_of_neighbours_change_nothing(leave_one_out, columns, ks, monkeypatch):
+    train, labels = clusters(80, [0, 1, 2])
+    test = () if leave_one_out else clusters(57, [0, 1, 2])
+    whole = knn_accuracy(train, labels, *test, ks=ks)
+    monkeypatch.setattr(knn, "COLUMNS", columns)
+    assert knn_accuracy(train, labels, *test, ks=ks, chunk_bytes=700) == whole
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_parts_of_the_images_add_up(leave_one_out):
+    train, labels = clusters(80, [0, 1, 2])
+    test = () if leave_one_out else clusters(57, [0, 1, 2])
+    n = 80 if leave_one_out else 57
+    whole = knn_correct(train, labels, *test)
+    parts = [
+        knn_correct(train, labels, *test, rows=rows, chunk_bytes=3000)
+        for rows in (range(0, 19), range(19, 19), range(19, n))
+    ]
+    assert {k: sum(part[k] for part in parts) for k in KS} == whole
+    assert parts[1] == dict.fromkeys(KS, 0)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_accuracy_is_that_of_scikit_learn(k):
+    train, labels = clusters(400, [5, 2, 9, 4])
+    test, test_labels = clusters(300, [5, 2, 9, 4])
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    theirs.fit(train.numpy(), labels.numpy())
+    expected = 100 * (theirs.predict(test.numpy()) == test_labels.numpy()).mean()
+    assert knn_accuracy(train, labels, test, test_labels, ks=(k,)) == {k: pytest.approx(expected)}
+    assert 30 < expected < 95
+
+
+def test_the_benchmark_checks_and_times_both(tmp_path: Path):
+    flags = ["--train", "600", "--test", "200", "--dim", "32", "--classes", "7", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.knn", *flags, "--out", str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert 0 < rows["fastdino"]["accuracy"] == pytest.approx(rows["scikit-learn"]["accuracy"], abs=0.05)
+    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_defaults_are_official_dinos():

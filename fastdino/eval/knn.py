@@ -4,7 +4,7 @@ Features are l2-normalised; each of the k nearest neighbours votes for its class
 exp(cosine similarity / temperature) (Wu et al. 2018, arXiv:1805.01978; DINO paper, section 4.1).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,28 +12,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdino import distributed
+from fastdino import checkpoint, dino, distributed
 from fastdino.config import CropPolicy
+from fastdino.data import open_source
 from fastdino.data.sources import Source
-from fastdino.eval.features import extract
+from fastdino.eval.features import (
+    Evaluation,
+    Network,
+    bar,
+    check_classes,
+    extract_shared,
+    labels_of,
+    on_device,
+    raw_pixels,
+    share,
+)
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK_BYTES = 256 << 20  # of similarities at a time; the whole matrix of ImageNet would take 256 GB
+COLUMNS = 1 << 17  # neighbours at a time: more leave few rows to a chunk, and products of few rows are slow
 
 
 @torch.no_grad()
-def knn_accuracy(
+def knn_correct(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor | None = None,
     test_labels: Tensor | None = None,
     *,
+    rows: range | None = None,
     ks: tuple[int, ...] = KS,
     temperature: float = TEMPERATURE,
     chunk_bytes: int = CHUNK_BYTES,
-) -> dict[int, float]:
-    """Top-1 accuracy in per cent for each k.
+    device: str | torch.device | None = None,
+) -> dict[int, int]:
+    """How many images of `rows` (default: all) of the test set get their own class, for each k.
 
     Args:
         train_features: (N, D), the neighbours. Any scale: they are normalised here.
@@ -42,6 +56,7 @@ def knn_accuracy(
             others.
         ks: neighbours that vote. One larger than the number of neighbours there are uses all of them.
         chunk_bytes: largest block of similarities held at once.
+        device: where to compute, if not where the features are. What is not there is copied block by block.
 
     Raises:
         ValueError: no images, lengths that differ, or fewer than two classes.
@@ -67,43 +82,56 @@ def knn_accuracy(
         raise ValueError(
             f"k-NN needs two classes at least: all {len(train_labels)} labels are {classes.tolist()}"
         )
-    train = F.normalize(train_features.float(), dim=1)
-    test = F.normalize(test_features.float(), dim=1)
+    device = torch.device(train_features.device if device is None else device)
+    classes, train_classes = classes.to(device), train_classes.to(device)
     used = {k: min(k, neighbours) for k in ks}
+    most = max(used.values())
     correct = dict.fromkeys(ks, 0)
-    # Each row of a chunk holds N similarities and, per class, one vote.
-    rows = max(1, chunk_bytes // (4 * (len(train) + len(classes))))
-    for start in range(0, len(test), rows):
-        similarity = test[start : start + rows] @ train.T
-        if leave_one_out:
-            own = torch.arange(start, start + len(similarity), device=similarity.device)
-            similarity[own - start, own] = -torch.inf
-        nearest, index = similarity.topk(max(used.values()), dim=1)
+    rows = range(len(test_features)) if rows is None else rows
+    columns = min(len(train_features), COLUMNS)
+    # Each row of a chunk holds a similarity per column and, per class, one vote.
+    step = max(1, chunk_bytes // (4 * (columns + len(classes))))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        test = F.normalize(test_features[start:stop].to(device).float(), dim=1)
+        nearest, index = test.new_empty(len(test), 0), train_classes.new_empty(len(test), 0)
+        for first in range(0, len(train_features), columns):
+            if start == rows.start or columns < len(train_features):  # else that of the chunk before is it
+                train = F.normalize(train_features[first : first + columns].to(device).float(), dim=1)
+            similarity = test @ train.T
+            if leave_one_out and max(start, first) < min(stop, first + len(train)):
+                own = torch.arange(max(start, first), min(stop, first + len(train)), device=device)
+                similarity[own - start, own - first] = -torch.inf
+            found = similarity.topk(min(most, len(train)), dim=1)
+            nearest = torch.cat((nearest, found.values), dim=1)
+            index = torch.cat((index, found.indices + first), dim=1)
+            if first:  # the nearest of all blocks so far, in their order
+                nearest, kept = nearest.topk(min(most, nearest.shape[1]), dim=1)
+                index = index.gather(1, kept)
         # Relative to the nearest one, which changes no comparison: exp(1 / 0.01) is too large for float32.
         weight, voted = ((nearest - nearest[:, :1]) / temperature).exp(), train_classes[index]
+        truth = test_labels[start:stop].to(device)
         for k, n in used.items():
             votes = weight.new_zeros(len(weight), len(classes)).scatter_add_(1, voted[:, :n], weight[:, :n])
-            predicted = classes[votes.argmax(dim=1)]
-            correct[k] += int((predicted == test_labels[start : start + rows]).sum())
-    return {k: 100.0 * n / len(test) for k, n in correct.items()}
+            correct[k] += int((classes[votes.argmax(dim=1)] == truth).sum())
+    return correct
 
 
-def check_classes(train: Source, val: Source | None) -> None:
-    """Raise ValueError where images of `val` cannot be classified by `train`, or `train` by itself."""
-    for source in (train, val) if val is not None else (train,):
-        if source.labels is None:
-            raise ValueError(
-                f"{source.root} has no labels: k-NN needs a sub-folder per class, two at least, or a text "
-                "file of path TAB class"
-            )
-        if missing := sorted(set(source.classes) - set(train.classes)):
-            raise ValueError(
-                f"{source.root} has classes that {train.root} does not have: {', '.join(missing[:10])}"
-            )
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor | None = None,
+    test_labels: Tensor | None = None,
+    **options: Any,
+) -> dict[int, float]:
+    """Top-1 accuracy in per cent for each k; arguments and errors are those of `knn_correct`."""
+    correct = knn_correct(train_features, train_labels, test_features, test_labels, **options)
+    n = len(train_features if test_features is None or test_labels is None else test_features)
+    return {k: 100.0 * right / n for k, right in correct.items()}
 
 
 def evaluate_knn(
-    network: Callable[[Tensor], Tensor],
+    network: Network,
     train: Source,
     val: Source | None,
     policy: CropPolicy,
@@ -111,9 +139,12 @@ def evaluate_knn(
     limit: int = 0,
     ks: tuple[int, ...] = KS,
     temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
     **extract_options: Any,
 ) -> dict[int, float]:
     """k-NN accuracy in per cent of `network`'s features: `val` classified by `train`, or `train` by itself.
+
+    Each rank extracts a part of the features, and classifies a part of the images by all of `train`.
 
     Args:
         limit: at most so many images of each source, evenly spread over it; 0 takes all.
@@ -123,26 +154,88 @@ def evaluate_knn(
         ValueError: no labels, or a class of `val` that `train` does not have.
     """
     check_classes(train, val)
-    extracted = []
+    device = torch.device(device)
+    extracted: list[Tensor] = []
     for source in (train, val) if val is not None else (train,):
-        assert source.labels is not None  # check_classes
         n = len(source)
-        indices = sorted({int(i) for i in np.linspace(0, n - 1, limit)}) if 0 < limit < n else list(range(n))
-        with distributed.together():
-            part = extract(
-                network,
-                source,
-                policy,
-                indices=indices[distributed.rank() :: distributed.ranks()],
-                **extract_options,
-            )
-        features, kept = map(torch.cat, zip(*distributed.gather(part), strict=True))
-        names = np.array([train.classes.index(name) for name in source.classes])
-        extracted.append((features, torch.from_numpy(names[source.labels[kept.numpy()]])))
-
-    def accuracy() -> dict[int, float]:
-        return knn_accuracy(
-            *extracted[0], *(extracted[1] if val is not None else ()), ks=ks, temperature=temperature
+        indices = sorted({int(i) for i in np.linspace(0, n - 1, limit)}) if 0 < limit < n else None
+        features, kept = extract_shared(
+            network, source, policy, indices=indices, device=device, **extract_options
         )
+        extracted += [on_device(features, device), labels_of(source, kept, train.classes)]
+    n = len(extracted[-1])
+    correct = distributed.gather(
+        knn_correct(*extracted, rows=share(n), ks=ks, temperature=temperature, device=device)
+    )
+    return {k: 100.0 * sum(its[k] for its in correct) / n for k in ks}
 
-    return distributed.on_first(accuracy)
+
+@dataclass(frozen=True, kw_only=True)
+class KNN(Evaluation):
+    """Weighted k-nearest-neighbour accuracy, as official DINO's eval_knn."""
+
+    data: str
+    """Labelled images that vote: a folder with a sub-folder per class, or a text file of path TAB label."""
+    val: str = ""
+    """Labelled images to classify. Without them, each image of --data is classified by the others."""
+    k: tuple[int, ...] = KS
+    """Numbers of neighbours that vote."""
+    temperature: float = TEMPERATURE
+    """A neighbour's vote weighs exp(similarity / temperature)."""
+    baselines: bool = False
+    """Also the same network untrained, with the initial weights of the run, and raw pixels."""
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"--k {' '.join(map(str, self.k))}: give numbers of neighbours, 1 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature {self.temperature}: a temperature is above 0")
+
+    def run(self) -> None:
+        """Print the table, and write the JSON if asked."""
+        with distributed.joined(self.device) as device:
+            with distributed.together():
+                self._check()
+                train, val = open_source(self.data), open_source(self.val) if self.val else None
+                check_classes(train, val)
+                teacher, policy = self._load(device)
+                networks: dict[str, Network] = {**self._baselines(device), "teacher": teacher}
+            results: dict[str, dict[int, float]] = {}
+            unreadable: list[str] = []
+            images = len(share(len(train))) + (len(share(len(val))) if val else 0)
+            for name, network in networks.items():
+                with bar(name, images) as advance:
+                    results[name] = evaluate_knn(
+                        network,
+                        train,
+                        val,
+                        policy,
+                        ks=self.k,
+                        temperature=self.temperature,
+                        progress=advance,
+                        unreadable=unreadable,
+                        **self._options(device),
+                    )
+            classified = f"{len(val)} images of {self.val} by {len(train)}" if val else ""
+            classified = classified or f"{len(train)} images by the others"
+            self._say(f"k-NN accuracy in %: {classified}, {len(train.classes)} classes")
+            columns = ("features", *(f"k = {k}" for k in self.k))
+            self._table(columns, [(n, *(f"{a[k]:.1f}" for k in self.k)) for n, a in results.items()])
+            neighbours = len(train) - (val is None)
+            if beyond := [str(k) for k in self.k if k > neighbours]:
+                self._say(f"k = {', '.join(beyond)}: there are {neighbours} neighbours, all of them vote")
+            self._say_unreadable(unreadable)
+            self._write({name: {str(k): a for k, a in accs.items()} for name, accs in results.items()})
+
+    def _baselines(self, device: torch.device) -> dict[str, Network]:
+        if not self.baselines:
+            return {}
+        if not checkpoint.is_ours(self.weights):
+            raise ValueError(
+                "--baselines needs the weights of a run, which say how the network was initialised"
+            )
+        config = checkpoint.read_teacher(self.weights)[1]
+        torch.manual_seed(config.run.seed)
+        untrained = dino.DINO(config).teacher.backbone.eval().to(device)
+        return {"untrained network": untrained, "raw pixels": raw_pixels}

@@ -1,0 +1,206 @@
+"""Retrieval by frozen features: for each query, the images of a gallery in the order of cosine similarity.
+
+Relevant are those of the query's class. An image as similar as a relevant one counts as ranked before it, so
+that equal features earn nothing:
+
+    average precision = mean over relevant images of  relevant ones so similar / images so similar
+    recall@k          = share of queries with a relevant image among the first k
+
+which is sklearn's average_precision_score, and recall as metric learning has it (Jegou et al. 2011).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastdino import distributed
+from fastdino.data import open_source
+from fastdino.eval.features import (
+    Evaluation,
+    Network,
+    bar,
+    check_readable,
+    collect,
+    extract_shared,
+    labels_of,
+    on_device,
+    share,
+)
+from fastdino.vit import VisionTransformer
+
+KS = (1, 5, 10)
+CHUNK_BYTES = 256 << 20  # of similarities and what sorting them takes, at a time
+COLUMNS = 1 << 17  # images of the gallery at a time
+POWER = 4.0  # of GeM pooling
+
+
+@torch.no_grad()
+def search(
+    query: Tensor,
+    query_labels: Tensor,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    *,
+    rows: range | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    device: str | torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How well each query of `rows` (default: all) finds the images of its class.
+
+    Args:
+        query, query_labels: (M, D) features of any scale and (M,) integers.
+        gallery, gallery_labels: (N, D) and (N,); without them each query is searched among the others.
+        chunk_bytes: memory for so many queries at a time.
+        device: where to compute, if not where the features are.
+
+    Returns:
+        precision: average precision of each query, float64 (m,); NaN where nothing is relevant.
+        first: the place of its first relevant image, int64 (m,), from 1 on; 0 where nothing is relevant.
+
+    Raises:
+        ValueError: no images, or shapes that do not match.
+    """
+    alone = gallery is None or gallery_labels is None
+    if gallery is None or gallery_labels is None:
+        gallery, gallery_labels = query, query_labels
+    for name, features, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
+        if features.ndim != 2 or len(features) != len(labels):
+            raise ValueError(
+                f"{name}: features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match"
+            )
+    if not len(query) or len(gallery) <= alone:
+        raise ValueError(f"retrieval needs images: {len(query)} queries, {len(gallery)} to find")
+    device = torch.device(gallery.device if device is None else device)
+    gallery_labels = gallery_labels.to(device)
+    rows = range(len(query)) if rows is None else rows
+    precision, first = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
+    step = max(1, chunk_bytes // (64 * len(gallery)))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        its = F.normalize(query[start:stop].to(device).float(), dim=1)
+        parts = (F.normalize(part.to(device).float(), dim=1) for part in gallery.split(COLUMNS))
+        similarity = torch.cat([its @ part.T for part in parts], dim=1)
+        if alone:
+            own = torch.arange(start, stop, device=device)
+            similarity[own - start, own] = -torch.inf
+        values, order = similarity.sort(dim=1, descending=True)
+        relevant = gallery_labels[order] == query_labels[start:stop].to(device)[:, None]
+        if alone:  # itself is the last
+            values, relevant = values[:, :-1], relevant[:, :-1]
+        # Images at least so similar, and the relevant ones among them.
+        seen = torch.searchsorted(-values, -values, right=True)
+        found = relevant.cumsum(dim=1).gather(1, seen - 1)
+        total = relevant.sum(dim=1)
+        precision.append(((relevant * (found / seen.double())).sum(dim=1) / total).cpu())
+        # argmax: the first one; those before it, and others as similar, are not relevant
+        at = relevant.byte().argmax(dim=1, keepdim=True)
+        place = (seen - found).gather(1, at)[:, 0] + 1
+        first.append(torch.where(total > 0, place, 0).cpu())
+    return torch.cat(precision), torch.cat(first)
+
+
+def recall(first: Tensor, k: int) -> float:
+    """Share in per cent of the queries whose first relevant image, int64 (m,) from 1 on, is among k."""
+    return 100 * int((first <= k).sum()) / len(first)
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """What official DINO's copy detection sees: the whole image, size x size, distorted (bicubic)."""
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def copy_features(network: VisionTransformer, images: Tensor) -> Tensor:
+    """Official DINO's for copy detection: class token, and patch tokens pooled by GeM, (B, 2 D).
+
+    GeM: the 4th root of the mean 4th power, per channel, negative values taken as 0 (Radenovic et al. 2018).
+    """
+    features, (patches,) = network(images, return_patches=True)
+    pooled = patches.clamp(min=1e-6).pow(POWER).mean(dim=1).pow(1 / POWER)
+    return torch.cat((features, pooled), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Evaluation):
+    """Mean average precision and recall of searching images of the same class."""
+
+    query: str
+    """Labelled images to search with: a folder with a sub-folder per class, or a text file of path TAB
+    label."""
+    gallery: str = ""
+    """Labelled images to search in. Without them, each image of --query is searched among the others."""
+    k: tuple[int, ...] = KS
+    """Numbers of first images in which recall looks for a relevant one."""
+    copy_detection: bool = False
+    """Official DINO's features for copy detection: the class token and pooled patch tokens of the whole image
+    made square. It takes --image-size 320."""
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"--k {' '.join(map(str, self.k))}: give numbers of images, 1 or more")
+
+    def run(self) -> None:
+        """Print the table, and write the JSON if asked."""
+        with distributed.joined(self.device) as device:
+            with distributed.together():
+                self._check()
+                query = open_source(self.query)
+                gallery = open_source(self.gallery) if self.gallery else None
+                sources = [query, *([gallery] if gallery else [])]
+                for source in sources:
+                    if source.labels is None:
+                        raise ValueError(
+                            f"{source.root} has no labels: retrieval needs a sub-folder per class, two at "
+                            "least, or a text file of path TAB class"
+                        )
+                network, policy = self._load(device)
+                if self.copy_detection and not isinstance(network, VisionTransformer):
+                    raise ValueError(f"--copy-detection: a {type(network).__name__} has no patch tokens")
+            features: Network = network
+            options = self._options(device)
+            if self.copy_detection:
+                features, options["view"] = partial(copy_features, network), square  # type: ignore[arg-type]
+            classes = sorted({name for source in sources for name in source.classes})
+            unreadable: list[str] = []
+            extracted: list[Tensor] = []
+            with bar("features", sum(len(share(len(source))) for source in sources)) as advance:
+                for source in sources:
+                    x, kept = extract_shared(
+                        features, source, policy, progress=advance, unreadable=unreadable, **options
+                    )
+                    check_readable(len(kept), source)
+                    extracted += [on_device(x, device), labels_of(source, kept, classes)]
+            found = search(*extracted, rows=share(len(extracted[0])), device=device)
+            precision, first = collect(found[0]), collect(found[1])
+            self._report(precision, first, len(extracted[-1]) - (gallery is None))
+            self._say_unreadable(unreadable)
+
+    def _report(self, precision: Tensor, first: Tensor, n: int) -> None:
+        searched = first > 0
+        with distributed.together():
+            if not searched.any() and distributed.rank() == 0:
+                raise ValueError(
+                    f"no image of {self.query} has another of its class"
+                    + (f" in {self.gallery}" if self.gallery else "")
+                    + ": there is nothing to find"
+                )
+        where = f"among {n} of {self.gallery}" if self.gallery else f"among the {n} others"
+        self._say(f"retrieval in %: {int(searched.sum())} images of {self.query}, each {where}")
+        mean = 100 * precision[searched].mean().item()
+        recalls = {k: recall(first[searched], k) for k in self.k}
+        table = {"mAP": mean, **{f"recall@{k}": value for k, value in recalls.items()}}
+        self._table(("features", *table), [(self._what(), *(f"{value:.1f}" for value in table.values()))])
+        if left_out := len(first) - int(searched.sum()):
+            self._say(f"left out: {left_out} images without another of their class")
+        if beyond := [str(k) for k in self.k if k > n]:
+            self._say(f"k = {', '.join(beyond)}: there are {n} images to find, all of them are looked at")
+        figures: dict[str, Any] = {"queries": int(searched.sum()), "left_out": left_out, "gallery": n}
+        self._write(figures | {"mAP": mean, "recall": {str(k): value for k, value in recalls.items()}})
+
+    def _what(self) -> str:
+        return "class token and pooled patches" if self.copy_detection else "features"
