@@ -145,6 +145,7 @@ def joined(name: str, parallel: str = "auto") -> Iterator[torch.device]:
     yield device
     # Not after an error: the others may be dead, and NCCL would wait for them.
     dist.destroy_process_group()
+    _groups.clear()  # one that outlives the interpreter's end aborts the process
 
 
 def _word(store: Any, rank: int, ranks: int) -> str:
