@@ -436,9 +436,8 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             by_pillow += round(sum(row[5] for row in rows) * ranks)
             data_wait = sum(row[4] for row in rows) / elapsed
             lines += 1
-            if (
-                advice and lines > 1 and data_wait > DATA_WAIT
-            ):  # the first line's has the workers' start in it
+            # The first line's has the workers' start in it.
+            if advice and lines > 1 and data_wait > DATA_WAIT:
                 monitor.say(f"step {done}: {data_wait:.0%} of the time {advice}")
                 advice = ""
             good = [row for row in rows if math.isfinite(row[0])]

@@ -157,7 +157,7 @@ def make_loader(
     options: dict[str, Any] = {
         "batch_sampler": _Order(source, shuffle_buffer, batch_size, share, seed, steps, rank, ranks),
         "num_workers": workers,
-        "collate_fn": _as_is,
+        "collate_fn": as_is,
         "worker_init_fn": _init_worker,
         "prefetch_factor": 2 if workers else None,
         "generator": torch.Generator(),  # else the loader would draw from torch's global generator
@@ -337,7 +337,8 @@ def readable(
     )
 
 
-def _as_is(loaded: Any) -> Any:
+def as_is(loaded: Any) -> Any:
+    """What a dataset that makes whole batches has for a collate_fn; at the top, so that it can be pickled."""
     return loaded
 
 

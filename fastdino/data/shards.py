@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastdino.data import cores
 from fastdino.data.sources import (
     EXTENSIONS,
     Source,
@@ -284,8 +285,7 @@ def _indexes(paths: list[str]) -> Iterator[Index]:
     while done < len(paths) and time.monotonic() - start < ALONE:
         yield index(paths[done])
         done += 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(paths) - done, cores, 32)
+    workers = min(len(paths) - done, cores(), 32)
     if workers < 2 or multiprocessing.current_process().daemon:  # these may have no children
         yield from map(index, paths[done:])
         return

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from fastdino.data import choose_workers, shards
+from fastdino.data import cores, shards
 from fastdino.data.sources import (
     EXTENSIONS,
     FORMATS,
@@ -123,7 +123,7 @@ def _spread(
 def _processes(workers: int) -> int:
     if workers < -1 or workers == 0:
         raise ValueError(f"--workers {workers}: give 1 or more, or -1 for all cores")
-    return workers if workers > 0 else choose_workers(sys.maxsize) + 1  # it leaves a core to a trainer
+    return workers if workers > 0 else cores()
 
 
 def _progress(console: Console) -> Progress:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdino import distributed
 from fastdino.config import CropPolicy, DataConfig
-from fastdino.data import crops, epoch_order, open_source
+from fastdino.data import as_is, crops, epoch_order, open_source
 from fastdino.data.sources import Source, Unreadable
 from fastdino.eval.features import (
     Evaluation,
@@ -233,10 +233,6 @@ class _Order(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, i) for i in batch[distributed.rank() :: distributed.ranks()].tolist()]
 
 
-def _as_is(loaded: Any) -> Any:
-    return loaded
-
-
 def augmented(
     features: Network,
     source: Source,
@@ -259,7 +255,7 @@ def augmented(
             _TrainViews(source, policy, seed),
             batch_sampler=_Order(source, batch_size, seed, epochs),
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=as_is,
             pin_memory=device.type == "cuda",
         )
     )
