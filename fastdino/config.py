@@ -5,11 +5,14 @@ flag and what to do. Defaults are those of official DINO (Caron et al. 2021, arX
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 Range = tuple[float, float]
+Auto = Literal["auto"]  # `settle` puts a number in its place
 
 
 def _check(ok: bool, message: str) -> None:
@@ -175,8 +178,8 @@ class ModelConfig:
     """File of weights to begin with: official DINO's (a full checkpoint or a backbone), DINOv2's, timm's, a
     run's folder or its teacher.safetensors. A head that fits is taken too, else a new one begins. Position
     embeddings are resized."""
-    out_dim: int = 65536
-    """Prototypes K: outputs of the head. Fewer suit small data sets."""
+    out_dim: int | Auto = 65536
+    """Prototypes K: outputs of the head. Fewer suit small data sets; auto: one for about eight images."""
     norm_last_layer: bool = True
     """Keep the prototypes at length 1. True is steadier; False can do better with ViT-S."""
     use_bn_in_head: bool = False
@@ -191,7 +194,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim"):
             value = getattr(self, name)
-            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+            _check(value == "auto" or value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
         for name in ("num_register_tokens", "layer_scale"):
             value = getattr(self, name)
             _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
@@ -219,8 +222,9 @@ class MethodConfig:
     Sinkhorn-Knopp on each batch (on each piece of it with --accumulate)."""
     center_momentum: float = 0.9
     """Momentum of the centre subtracted from the teacher's outputs (centering ema)."""
-    momentum_teacher: float = 0.996
-    """Teacher momentum at the start; rises to 1 along a cosine. Small batches want more: 0.9995 at 256."""
+    momentum_teacher: float | Auto = 0.996
+    """Teacher momentum at the start; rises to 1 along a cosine. Small batches want more: 0.9995 at 256; short
+    runs less. auto: by batch and length of the run."""
     teacher_update: Literal["momentum", "previous_epoch", "previous_iteration", "student_copy"] = "momentum"
     """Where the teacher's weights come from. All but momentum are for study (paper, figure 6); the last two
     do not learn."""
@@ -231,7 +235,8 @@ class MethodConfig:
             _check(value > 0, f"--{name.replace('_', '-')} {value}: a temperature is above 0")
         for name in ("center_momentum", "momentum_teacher"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"--{name.replace('_', '-')} {value}: a momentum lies between 0 and 1")
+            fits = value == "auto" or 0 <= value <= 1
+            _check(fits, f"--{name.replace('_', '-')} {value}: a momentum lies between 0 and 1")
         _check(
             self.warmup_teacher_temp_epochs >= 0,
             f"--warmup-teacher-temp-epochs {self.warmup_teacher_temp_epochs}: give 0 or more",
@@ -250,8 +255,9 @@ class OptimConfig:
     """Pieces each batch is run in, one after the other: same mathematics, that much less memory."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw for ViT; sgd or lars for convolutional networks."""
-    lr: float = 5e-4
-    """Peak learning rate at batch 256; scaled linearly with --batch-size."""
+    lr: float | Auto = 5e-4
+    """Peak learning rate at batch 256; scaled linearly with --batch-size. auto: by network and batch, for
+    adamw."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine; not scaled."""
     warmup_epochs: float = 10
@@ -282,7 +288,11 @@ class OptimConfig:
         )
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
             value = getattr(self, name)
-            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+            _check(value == "auto" or value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+        _check(
+            self.lr != "auto" or self.optimizer == "adamw",
+            f"--lr auto is for adamw: give {self.optimizer} a number",
+        )
         _check(
             self.freeze_last_layer >= 0,
             f"--freeze-last-layer {self.freeze_last_layer}: give 0 or more epochs",
@@ -397,6 +407,57 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**made)
 
 
+IMAGES_A_PROTOTYPE = 8
+TEACHER_IMAGES = 2000  # that a teacher should average over at the least
+
+
+def settle(config: Config, images: int, updates: int, width: int) -> tuple[Config, list[str]]:
+    """The config with a number for each `auto`, and a sentence on each with the reason.
+
+    Official DINO's numbers are for 1.28 million images in batches of 512 and more. On a few thousand in small
+    batches, 65,536 prototypes are more than there are images to tell apart, a teacher of momentum 0.996 or
+    above is still near its beginning when the run ends, and a rate scaled linearly with the batch hardly
+    moves.
+
+    Args:
+        images: N, of the set.
+        updates: of the whole run.
+        width: of the tokens, or 384 for networks without.
+    """
+    model, method, optim, said = config.model, config.method, config.optim, []
+    if model.out_dim == "auto":
+        k = 2 ** round(math.log2(max(1, images / IMAGES_A_PROTOTYPE)))
+        k = min(max(k, 256), 65536)
+        said.append(f"--out-dim {k}: about one prototype for {IMAGES_A_PROTOTYPE} images, 256 to 65536")
+        model = replace(model, out_dim=k)
+    if method.momentum_teacher == "auto":
+        # As many images as official DINO's teacher averages over: 0.996 at a batch of 1024.
+        whole = 256_000 / optim.batch_size
+        steps = max(min(whole, updates / 5), TEACHER_IMAGES / optim.batch_size, 2.0)
+        momentum = 1 - float(f"{1 / steps:.2g}")
+        why = "as official DINO's at a batch of 1024" if steps == whole else f"of {updates} in the run"
+        said.append(f"--momentum-teacher {momentum:g}: the teacher averages over {steps:.0f} updates, {why}")
+        method = replace(method, momentum_teacher=momentum)
+    if optim.lr == "auto":
+        # Official DINO's 2e-3 for ViT-S at a batch of 1024, by the square root of the batch and by the width,
+        # as Adam's step wants it (Malladi et al. 2022, arXiv:2205.10287; Yang et al. 2022, arXiv:2203.03466).
+        peak = 2e-3 * math.sqrt(optim.batch_size / 1024) * 384 / width
+        lr = float(f"{peak * 256 / optim.batch_size:.2g}")
+        said.append(
+            f"--lr {lr:g}, a peak of {lr * optim.batch_size / 256:.2g}: official DINO's for ViT-S at a batch "
+            f"of 1024, by the root of the batch {optim.batch_size} and the inverse of the width {width}"
+        )
+        optim = replace(optim, lr=lr)
+    return replace(config, model=model, method=method, optim=optim), said
+
+
+def number(value: Number | Auto) -> Number:
+    """A number that is no longer `auto`."""
+    if value == "auto":
+        raise ValueError("a number of the config is still auto: settle(config, ...) chooses it")
+    return value
+
+
 def _vit(arch: str, patch_size: int, **model: Any) -> Config:
     return Config(model=ModelConfig(arch=arch, patch_size=patch_size, **model))
 
@@ -421,14 +482,22 @@ PRESETS: dict[str, tuple[str, Config]] = {
             model=ModelConfig(
                 arch="vit_nano",
                 patch_size=4,
-                out_dim=512,
+                out_dim="auto",
                 use_bn_in_head=True,
                 head_hidden_dim=512,
                 bottleneck_dim=128,
             ),
-            method=MethodConfig(momentum_teacher=0.99),
-            optim=OptimConfig(epochs=9, warmup_epochs=1, lr=5e-3),
+            method=MethodConfig(momentum_teacher="auto"),
+            optim=OptimConfig(epochs=9, warmup_epochs=1, lr="auto"),
             run=RunConfig(save_every=200, knn_every_epochs=3),
+        ),
+    ),
+    "small-data": (
+        "ViT-S/16 on one GPU and a thousand to some 100,000 images: numbers chosen by the set",
+        Config(
+            model=ModelConfig(out_dim="auto", use_bn_in_head=True),
+            method=MethodConfig(momentum_teacher="auto"),
+            optim=OptimConfig(epochs=200, lr="auto"),
         ),
     ),
     "vit-tiny-16": ("ViT-tiny, 16-pixel patches, official settings", _vit("vit_tiny", 16)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino import adapter, checkpoint, distributed, ops, vit
-from fastdino.config import Config, ModelConfig
+from fastdino.config import Config, ModelConfig, number
 from fastdino.head import DINOHead
 from fastdino.loss import DINOLoss
 from fastdino.monitor import vitals
@@ -265,6 +265,7 @@ class DINO(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, method, crops = config.model, config.method, config.data.crops
+        out_dim = number(model.out_dim)
 
         def network(drop_path_rate: float, norm_last_layer: bool) -> MultiCrop:
             backbone = build_backbone(model, crops.global_crops_size, drop_path_rate)
@@ -273,7 +274,7 @@ class DINO(nn.Module):
                 backbone.embed_dim
                 if isinstance(backbone, VisionTransformer)
                 else adapter.feature_dim(backbone, model.arch, sizes),
-                model.out_dim,
+                out_dim,
                 use_bn=model.use_bn_in_head,
                 norm_last_layer=norm_last_layer,
                 nlayers=model.head_layers,
@@ -288,7 +289,7 @@ class DINO(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         warmup = method.warmup_teacher_temp_epochs
         self.loss = DINOLoss(
-            model.out_dim,
+            out_dim,
             crops.n_views,
             method.warmup_teacher_temp,
             method.teacher_temp,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from torch import Tensor
 
-from fastdino.config import Config
+from fastdino.config import TEACHER_IMAGES, Config, number
 from fastdino.files import write_atomically
 
 PLAIN_LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
@@ -198,7 +198,6 @@ class Doctor:
     """
 
     PATIENCE = 3
-    TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 
     def __init__(self, config: Config, ranks: int = 1) -> None:
         self.config = config
@@ -215,19 +214,20 @@ class Doctor:
                 f"the prototypes never learn: --freeze-last-layer {optim.freeze_last_layer} lasts all "
                 f"{optim.epochs} epochs; 1 is usual"
             )
-        images = optim.batch_size / max(1e-9, 1 - method.momentum_teacher)
-        if method.teacher_update == "momentum" and images < self.TEACHER_IMAGES:
-            needed = 1 - optim.batch_size / self.TEACHER_IMAGES
+        momentum = number(method.momentum_teacher)
+        images = optim.batch_size / max(1e-9, 1 - momentum)
+        if method.teacher_update == "momentum" and images < 0.9 * TEACHER_IMAGES:
+            needed = 1 - optim.batch_size / TEACHER_IMAGES
             advice = f"raise --momentum-teacher to {needed:.4g} or more" if needed > 0 else "raise it"
             said.append(
                 f"the teacher averages over {images:.0f} images only (batch {optim.batch_size}, momentum "
-                f"{method.momentum_teacher:g}) and follows the noise of its batches: {advice}"
+                f"{momentum:g}) and follows the noise of its batches: {advice}"
             )
         return said
 
     def examine(self, step: int, values: dict[str, Any], last_of_epoch: bool = False) -> list[str]:
         """What the values of a log line, and the lines before it, show."""
-        method, run, k = self.config.method, self.config.run, self.config.model.out_dim
+        method, run, k = self.config.method, self.config.run, number(self.config.model.out_dim)
         entropy, used, logit, distance = (
             values.get(name, math.nan)  # a step whose loss is not finite has none
             for name in ("teacher_entropy", "prototypes_used", "logit_max", "teacher_distance")

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import OptimConfig
+from fastdino.config import OptimConfig, number
 from fastdino.distributed import is_sharded, local, norms, sharded_like
 
 
@@ -30,7 +30,7 @@ def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> int:
 
 def peak_lr(config: OptimConfig) -> float:
     """Learning rate after warm-up: `lr` is per 256 images."""
-    return config.lr * config.batch_size / 256
+    return number(config.lr) * config.batch_size / 256
 
 
 def param_groups(model: nn.Module) -> list[dict]:

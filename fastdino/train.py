@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastdino import checkpoint, data, distributed, ops, optim
-from fastdino.config import PRESETS, Config, to_dict
+from fastdino.config import PRESETS, Config, number, settle, to_dict
 from fastdino.data import crops
 from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.dino import DINO, build_backbone
@@ -128,6 +128,10 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
         data.share_of(cfg.batch_size, cfg.accumulate, ranks)
         total = cfg.epochs * steps_per_epoch
+        with torch.device("meta"):
+            width = getattr(build_backbone(config.model, policy.global_crops_size), "embed_dim", 384)
+        config, settled = settle(config, len(source), total, width)
+        cfg = config.optim
         out = Path(config.run.out)
         if Path(config.data.data).is_dir() and out.resolve().is_relative_to(Path(config.data.data).resolve()):
             raise ValueError(
@@ -245,7 +249,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             + (f", {left_out} left out of each" if left_out else "")
         )
         doctor = Doctor(config, ranks)
-        for line in (*begun_from, note, about_loader, *source.notes, *damaged, *doctor.before()):
+        for line in (*settled, *begun_from, note, about_loader, *source.notes, *damaged, *doctor.before()):
             if line:
                 monitor.say(line)
         if start:
@@ -311,6 +315,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             return {f"knn_{k}": a for k, a in accuracy.items()}
 
         batches = iter(loader)
+        momentum_at_start = number(config.method.momentum_teacher)
         warmup, head_only = optim.warmup_steps(cfg, steps_per_epoch), cfg.head_warmup_steps
         # Of each step since the last log line: loss, gradient norm, and the means over ranks of: whether to
         # stop, unreadable files, seconds waited for data, images left to Pillow, and of the last step VITALS.
@@ -338,7 +343,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             if step >= head_only:
                 lr = optim.cosine(step - head_only, optim.peak_lr(cfg), cfg.min_lr, total - head_only, warmup)
             weight_decay = optim.cosine(step, cfg.weight_decay, cfg.weight_decay_end, total)
-            momentum = optim.cosine(step, config.method.momentum_teacher, 1.0, total)
+            momentum = optim.cosine(step, momentum_at_start, 1.0, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -501,7 +506,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
 
         # What is left to look at.
         if rank == 0:
-            monitor.say(f"curves     {plot_curves(out, math.log(config.model.out_dim))}")
+            monitor.say(f"curves     {plot_curves(out, math.log(number(config.model.out_dim)))}")
         backbone: Any = plain_backbone()
         if rank == 0:
             examples = some_images(val or source, 8)

@@ -21,8 +21,10 @@ from fastdino.config import (
     OptimConfig,
     RunConfig,
     from_dict,
+    settle,
     to_dict,
 )
+from fastdino.dino import DINO
 
 NAMES = list(PRESETS)
 
@@ -132,11 +134,14 @@ def test_presets_are_the_published_recipes(name):
     assert {key: given[key] for key in expected} == expected
 
 
-def test_every_preset_is_a_published_recipe_or_the_demo():
-    assert set(PRESETS) == {*RECIPES, "demo"}
-    method, model = PRESETS["demo"][1].method, PRESETS["demo"][1].model
-    assert (method.student_temp, method.center_momentum) == (0.1, 0.9)
-    assert (model.arch, model.patch_size, model.out_dim, model.use_bn_in_head) == ("vit_nano", 4, 512, True)
+def test_every_preset_is_a_published_recipe_or_for_small_data():
+    assert set(PRESETS) == {*RECIPES, "demo", "small-data"}
+    for name in ("demo", "small-data"):
+        given = leaves(PRESETS[name][1])
+        assert (given["student_temp"], given["teacher_temp"], given["center_momentum"]) == (0.1, 0.04, 0.9)
+        assert [given[key] for key in ("out_dim", "momentum_teacher", "lr")] == ["auto"] * 3
+        assert given["use_bn_in_head"]
+    assert (PRESETS["demo"][1].model.arch, PRESETS["demo"][1].model.patch_size) == ("vit_nano", 4)
     assert CROPS["dino"] == CropPolicy()
     assert CROPS["two-crop"].n_views == CROPS["two-crop"].n_global == 2
     assert CROPS["dino"].n_views == 10
@@ -148,6 +153,41 @@ def test_presets_survive_json(name):
     again = from_dict(Config, json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert hash(again) == hash(config)  # tuples again, not lists
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "updates", "width", "expected"),
+    [
+        # the demo; a set of 50,000; ImageNet as official DINO trains on it
+        (4000, 64, 558, 128, (512, 1 - 0.009, 6e-3)),
+        (50_000, 64, 156_200, 384, (8192, 1 - 0.00025, 2e-3)),
+        (1_281_167, 1024, 125_100, 384, (65536, 0.996, 5e-4)),
+        # their ends: few images, a run of a few updates, a batch larger than what a teacher should average
+        (10, 1, 20, 384, (256, 1 - 0.0005, 1.6e-2)),
+        (10, 10, 1, 384, (256, 1 - 0.005, 5.1e-3)),
+        (100_000, 4096, 24, 768, (16384, 1 - 0.21, 1.3e-4)),
+    ],
+)
+def test_numbers_left_open_follow_from_images_batch_and_length(images, batch, updates, width, expected):
+    names = ("out_dim", "momentum_teacher", "lr")
+    config = Config(
+        model=ModelConfig(out_dim="auto"),
+        method=MethodConfig(momentum_teacher="auto"),
+        optim=OptimConfig(lr="auto", batch_size=batch),
+    )
+    settled, said = settle(config, images, updates, width)
+    found = leaves(settled)
+    assert [found[name] for name in names] == pytest.approx(expected)
+    assert leaves(config) | {name: found[name] for name in names} == found  # and nothing else
+    for name, sentence in zip(names, said, strict=True):  # what to type for the same
+        assert sentence.startswith(f"--{name.replace('_', '-')} {found[name]:g}")
+    assert not (found["momentum_teacher"] < 1 - batch / 1800 and updates > 30)  # or the doctor would complain
+    assert settle(settled, images, updates, width) == (settled, [])
+
+
+def test_a_number_left_open_is_not_computed_with():
+    with pytest.raises(ValueError, match="still auto"):
+        DINO(PRESETS["demo"][1])
 
 
 def test_changed_fields_of_every_depth_survive_json():
@@ -250,6 +290,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
         for n in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
     ),
     (OptimConfig, {"lr": NAN}, "--lr nan: give 0 or more"),
+    (OptimConfig, {"lr": "auto", "optimizer": "sgd"}, "--lr auto is for adamw: give sgd a number"),
     (OptimConfig, {"freeze_last_layer": -1}, "--freeze-last-layer -1: give 0 or more epochs"),
     (OptimConfig, {"head_warmup_steps": -1}, "--head-warmup-steps -1: give 0 or more updates"),
     *(
@@ -329,6 +370,8 @@ OTHERS = {
     "global-crops-scale": ("0.2 0.9", (0.2, 0.9)),
     "solarize": ("0 0.1 0.3", (0.0, 0.1, 0.3)),
     "max-unreadable": ("0.5", 0.5),
+    "lr": ("auto", "auto"),
+    "out-dim": ("4096", 4096),
     "no-norm-last-layer": ("", False),
     "teacher-update": ("previous_epoch", "previous_epoch"),
     "optimizer": ("lars", "lars"),
