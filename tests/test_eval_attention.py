@@ -304,7 +304,7 @@ def test_the_picture_has_a_row_of_maps_and_one_of_masks_for_each_image(run: Path
     (run / "images" / "2.png").write_bytes(b"no image")  # images that are not shown are not read
     small = run / "small.png"
     command(run, images=(str(run / "images"),), out=str(small), rows=1, heads=1, threshold=0).run()
-    assert capsys.readouterr().out.split("\n")[0] == f"{small}: the first 1 of 3 images (--rows)"
+    assert capsys.readouterr().out.split("\n")[0] == f"{small}: 1 of 3 images, evenly spread (--rows)"
     with Image.open(small) as picture:
         assert picture.size == (8 + 208 * 3, 38 + 160 + 8 + 8)
 

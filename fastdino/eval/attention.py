@@ -469,7 +469,7 @@ class Attention:
     over: bool = False
     """Draw the maps over the image."""
     rows: int = 8
-    """Images in the picture at most; --separate writes them all."""
+    """Images in the picture at most, evenly spread over those given; --separate writes them all."""
     fps: float = 0.0
     """Frames a second of the video. Default: as the file that is given, 30 for a folder."""
     device: str = "auto"
@@ -528,9 +528,11 @@ class Attention:
         heads = HEADS if self.heads is None else self.heads
         blocks: list[list[list[Pixels]]] = []
         digits = len(str(len(images) - 1))
-        for i, image in enumerate(bar(images if self.separate else images[: self.rows])):
+        shown = {round(x) for x in np.linspace(0, len(images) - 1, min(self.rows, len(images)))}
+        for i in bar(range(len(images)) if self.separate else sorted(shown)):
+            image = images[i]
             seen, maps = see(image.load())
-            if i < self.rows:
+            if i in shown:
                 blocks.append(panels(_zoomed(seen, 2 * CELL), maps, heads, share, self.over))
             if self.separate:
                 # numbered: images of several folders may have one name
@@ -545,5 +547,5 @@ class Attention:
         _save(sheet(blocks, _titles(len(blocks[0][0])), labels), out)
         said = str(out)
         if len(blocks) < len(images):
-            said += f": the first {len(blocks)} of {len(images)} images (--rows)"
+            said += f": {len(blocks)} of {len(images)} images, evenly spread (--rows)"
         return said + (f"; each by itself in {self.separate}" if self.separate else "")
