@@ -14,8 +14,9 @@ LAYERS = (
     ("optim",),
     ("adapter", "checkpoint", "data", "head", "loss", "vit", "monitor"),
     ("dino",),
-    ("eval", "export"),
+    ("compare", "eval", "export"),
     ("train",),
+    ("ablate",),
     ("__init__",),
 )
 LAYER = {stem: i for i, stems in enumerate(LAYERS) for stem in stems}
