@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastdino import ops
+from fastdino.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
@@ -57,8 +58,8 @@ def interleave(timed: Timed, clock: Clock, seconds: float, rounds: int) -> dict[
     return times
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Memory beyond what is held before the call, at its highest."""
+def peak_bytes(run: Callable[[], object], device: torch.device, warm: bool = True) -> int:
+    """Memory beyond what is held before the call, at its highest; on a CPU of a second call, if `warm`."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -66,7 +67,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    run()
+    if warm:
+        run()
     status = Path("/proc/self/status")
     if not status.exists():
         return -1
@@ -138,6 +140,10 @@ def folder(device: torch.device) -> Path:
 def write(title: str, rows: list[Row], about: Row, table: str, out: Path) -> None:
     """results.json and table.md; called after every problem, so that a stop loses one alone."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     lines = [f"- {key}: {value}" for key, value in about.items()]
-    (out / "table.md").write_text(f"# {title}\n\n" + "\n".join(lines) + "\n" + table)
+    texts = {
+        "results.json": json.dumps({"about": about, "rows": rows}, indent=1) + "\n",
+        "table.md": f"# {title}\n\n" + "\n".join(lines) + "\n" + table,
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
