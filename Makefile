@@ -1,13 +1,15 @@
 # make demo   install, render the sample images, train on them (under 5 minutes on two cores), show the result
 # make test   install and run all tests
 # make check  ruff, format, types
+# make bench  time the operations, an update, loading and k-NN (3 minutes); `.venv/bin/pytest-benchmark compare`
+#             then shows what has changed since the runs before
 # PYTHON=python3.12 make ...   another interpreter for the virtual environment
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +18,10 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/*)
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -33,6 +39,9 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m pytest benchmarks/suite --benchmark-autosave
 
 clean:
 	rm -rf $(VENV) build samples runs fastdino/*.so

@@ -1,0 +1,489 @@
+"""Counts that do not hang on the machine's mood, against recorded ones: here a change's cost shows first.
+
+Of an update of a run: operator calls, new tensors, waits for the device. Of the operations: what they keep
+for the backward pass, launches on a GPU, graphs under torch.compile, the native kernels' instructions. A
+count that differs need not be an error: where the change is worth it, record the new one here, and give the
+reason in the commit message. (The graphs of a run with compiled blocks are counted in test_train.py.)
+"""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_config, make_images
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdino import ops, train
+from fastdino.data.crops import View, encode
+from fastdino.dino import DINO
+from fastdino.ops import native
+from fastdino.ops.ema import _ema_
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+linear = importlib.import_module("fastdino.ops.linear")  # fastdino.ops.linear is the function
+ONEDNN = linear._ONEDNN
+
+
+def expect(found: dict[str, int], recorded: dict[str, int], what: str) -> None:
+    changed = [
+        f"    {name}: {recorded.get(name, 0):,} recorded, {found.get(name, 0):,} found"
+        for name in sorted(found | recorded)
+        if found.get(name, 0) != recorded.get(name, 0)
+    ]
+    if changed:
+        pytest.fail(
+            f"{what}:\n" + "\n".join(changed) + f"\nIf that is worth it, record it in {Path(__file__).name} "
+            "and give the reason in the commit message.",
+            pytrace=False,
+        )
+
+
+def table(text: str) -> dict[str, int]:
+    """Counts that are written as "12 gelu, 1 lerp_"."""
+    return {name: int(n) for n, name in (entry.split() for entry in text.split(","))}
+
+
+# Of one update of the tiny run, on a CPU. An operator's name is a call of it: on a GPU one launch or several.
+# Views launch nothing, but cost the host's time. What a fastdino operator does within is not seen. `tensors`
+# and `bytes` are the memory that operators return, `waits` what would have the host wait for a GPU. The same
+# from torch 2.11 to 2.15.
+FLOAT32 = table(
+    """2 _foreach_add_, 1 _foreach_mul_, 1 _foreach_norm, 2 _foreach_sub_, 2 _fused_adamw_,
+    12 _scaled_dot_product_flash_attention_for_cpu, 8 _scaled_dot_product_flash_attention_for_cpu_backward,
+    6 _to_copy, 8 _unsafe_view, 2 abs, 43 add, 1 add_, 40 addmm, 1 bitwise_and, 1 bitwise_not, 23 cat,
+    1 clamp, 2 clamp_min, 10 clone, 3 convolution, 2 convolution_backward, 2 copy_, 14 div, 10 div_, 4 eq,
+    1 fastdino::dino_loss, 1 fastdino::dino_loss_bwd_, 1 fastdino::ema_, 4 full, 1 ge, 12 gelu,
+    6 gelu_backward, 1 lerp_, 5 linalg_vector_norm, 2 masked_fill_, 1 mean, 44 mm, 11 mul,
+    18 native_layer_norm, 9 native_layer_norm_backward, 2 ne, 2 neg, 1 ones_like, 2 promote_types,
+    1 reciprocal, 1 scalar_tensor, 6 select_backward, 10 slice_backward, 11 stack, 5 sub_, 26 sum,
+    1 upsample_bicubic2d, 1 upsample_bicubic2d_backward, 2 where, 4 zeros, 457 views,
+    500 tensors, 45876504 bytes"""
+)
+# With the matrix products of oneDNN. Of the eight weights with more outputs than inputs the gradient comes
+# transposed, and autograd copies it: ops/linear.py.
+FLOAT32_ONEDNN = FLOAT32 | table(
+    """0 addmm, 0 mm, 84 fastdino::linear_onednn, 8 new_empty_strided, 10 copy_, 417 views,
+    508 tensors, 47521048 bytes"""
+)
+# Casts of weights and activations (_to_copy, each once a use), and attention by matrix products.
+BFLOAT16 = FLOAT32 | table(
+    """0 _scaled_dot_product_flash_attention_for_cpu, 0 _scaled_dot_product_flash_attention_for_cpu_backward,
+    12 _softmax, 8 _softmax_backward_data, 184 _to_copy, 80 _unsafe_view, 56 bmm, 58 clone, 31 mul,
+    605 views, 774 tensors, 42244600 bytes"""
+)
+# What a step adds that logs: the vitals, the distance of the teacher tensor by tensor, three readings.
+LOGGED = table(
+    """2 _foreach_norm, 2 _local_scalar_dense, 1 _log_softmax, 1 add_, 1 aminmax, 3 clamp_min, 5 div, 1 div_,
+    2 exp, 66 linalg_vector_norm, 1 maximum, 3 mean, 1 mm, 2 mul, 1 neg, 1 new_zeros, 3 pow, 1 special_entr,
+    1 sqrt, 3 stack, 64 sub, 1 sub_, 5 sum, 1 zeros_like, 6 views, 290 tensors, 3298560 bytes,
+    2 waits:item, 1 waits:tolist"""
+)
+Run = tuple[list[Counter[str]], dict[str, int]]
+RUNS = {
+    "fp32": (FLOAT32, "fp32", False),
+    "fp32-onednn": (FLOAT32_ONEDNN, "fp32", True),
+    "bf16": (BFLOAT16, "bf16", False),
+}
+LOG_EVERY = 4
+
+
+class Calls(TorchDispatchMode):
+    """Of each step, the operators called, those of autograd and the optimiser too, and what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Counter[str]] = []
+        self.on = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.on or func.namespace == "profiler":
+            return out
+        step, name = self.steps[-1], func._schema.name.removeprefix("aten::")
+        # the gradient of clamp compares by gt in torch 2.15, by ge in 2.11
+        step["views" if func.is_view else "ge" if name == "gt" else name] += 1
+        given = {memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = {memory(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
+        for key in made.keys() - given:
+            step["tensors"] += 1
+            step["bytes"] += made[key].untyped_storage().nbytes()
+        return out
+
+
+class Waits(TorchFunctionMode):
+    """Adds what asks a tensor for its numbers."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "equal")
+    NAMES += ("__bool__", "__int__", "__float__", "__index__", "__array__")
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.calls.on and name in self.NAMES:
+            self.calls.steps[-1][f"waits:{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Fed:
+    """A loader whose own work is left out."""
+
+    def __init__(self, loader: Any, calls: Calls) -> None:
+        self.loader, self.workers, self.calls = loader, loader.workers, calls
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.calls.on = True
+            yield batch
+            self.calls.on = False
+
+
+def memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Counts of each of six updates, and those recorded. The fourth is logged, and the last."""
+    recorded, precision, onednn = RUNS[request.param]
+    if onednn and not ONEDNN:
+        pytest.skip("this processor or torch has no use for the products of oneDNN")
+    folder, calls = tmp_path_factory.mktemp("counts"), Calls()
+    seed, make_loader = train.step_seed, train.data.make_loader
+
+    def begin(*args: int) -> int:
+        calls.steps.append(Counter())
+        return seed(*args)
+
+    config = make_config(
+        make_images(folder / "images", 48),
+        folder / "run",
+        epochs=1,
+        warmup_epochs=0,
+        freeze_last_layer=0,
+        drop_path_rate=0.0,  # which rows it drops is drawn anew each time
+        log_every=LOG_EVERY,
+        precision=precision,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "step_seed", begin)
+        patch.setattr(
+            train.data, "make_loader", lambda *args, **kwargs: Fed(make_loader(*args, **kwargs), calls)
+        )
+        patch.setattr(linear, "_ONEDNN", onednn)
+        with Waits(calls), calls:
+            train.train(config)
+    return calls.steps, recorded
+
+
+def test_an_update_calls_and_allocates_what_it_did(run: Run) -> None:
+    steps, recorded = run
+    # the first one makes what the others find
+    expect(steps[2], recorded, "an update's operators and memory have changed")
+    for step in (1, 4):
+        expect(steps[step], steps[2], f"update {step + 1} differs from update 3")
+
+
+def test_an_update_that_does_not_log_waits_for_nothing(run: Run) -> None:
+    steps, _ = run
+    for step in (0, 1, 2, 4):
+        waits = {
+            name: n for name, n in steps[step].items() if "waits" in name or name == "_local_scalar_dense"
+        }
+        expect(waits, {}, f"update {step + 1} reads from the device")
+
+
+def test_a_logged_update_adds_what_it_did(run: Run) -> None:
+    steps, recorded = run
+    more = {name: n - steps[2][name] for name, n in steps[LOG_EVERY - 1].items()}
+    added = LOGGED | (table("2 _to_copy, 292 tensors, 3304700 bytes") if recorded is BFLOAT16 else {})
+    expect(more, added, "what logging adds to an update has changed")
+
+
+# What is kept for the backward pass.
+
+
+def kept(forward: Callable[[], object], given: list[Tensor]) -> dict[str, int]:
+    """Bytes that autograd keeps of `forward`, beyond those of `given`."""
+    found: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        found[memory(x)] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = forward()
+    assert out is not None
+    own = {memory(x) for x in given}
+    return {"bytes": sum(x.untyped_storage().nbytes() for key, x in found.items() if key not in own)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prototypes", [100, 1000])
+def test_the_loss_keeps_no_tensor_of_the_logits_size(prototypes: int, dtype: torch.dtype) -> None:
+    student = torch.randn(10, 4, prototypes).to(dtype).requires_grad_()
+    teacher, center = torch.randn(2, 4, prototypes).to(dtype), torch.randn(prototypes)
+    found = kept(
+        lambda: ops.dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04),
+        [student, teacher, center],
+    )
+    # two float32 statistics of each of (10 + 2) x 4 rows, two temperatures
+    expect(found, {"bytes": 392}, "what the loss keeps for its backward pass has changed")
+
+
+@pytest.mark.parametrize(
+    ("runs", "dtype", "recorded"),
+    [
+        # the result, 54 x 2 x 8 float32, and a logarithm of each row and head, 54 x 2
+        (((2, 17), (4, 5)), torch.float32, 3888),
+        # bf16 of few tokens: weights, scaled queries, keys and values as the products want them
+        (((2, 17), (4, 5)), torch.bfloat16, 7896),
+        (((2, 300),), torch.float32, 43200),  # as above: 600 x 2 x 8 + 600 x 2 float32
+        (((2, 300),), torch.bfloat16, 0),  # of many tokens: weights are computed again
+    ],
+    ids=str,
+)
+def test_attention_keeps_for_its_backward_pass_what_it_did(
+    runs: tuple[tuple[int, int], ...], dtype: torch.dtype, recorded: int
+) -> None:
+    qkv = torch.randn(sum(a * b for a, b in runs), 3, 2, 8, dtype=dtype, requires_grad=True)
+    found = kept(lambda: ops.attention(qkv, runs), [qkv])
+    expect(found, {"bytes": recorded}, "what attention keeps for its backward pass has changed")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recorded"), [(torch.float32, 11531208), (torch.bfloat16, 7905992)], ids=str
+)
+def test_a_student_keeps_for_its_backward_pass_what_it_did(dtype: torch.dtype, recorded: int) -> None:
+    """Of a whole forward pass, beyond parameters and crops."""
+    dino = DINO(make_config(Path(), Path("run"), drop_path_rate=0.0)).train()
+    views = [torch.randn(8, 3, size, size) for size in (16, 16, 8, 8, 8)]
+
+    def forward() -> object:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return dino(views, 0)
+
+    found = kept(forward, [*views, *dino.parameters()])
+    expect(found, {"bytes": recorded}, "what a forward pass keeps for the backward pass has changed")
+
+
+# Launches of Triton's kernels: on a GPU, or as its interpreter would make them.
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, name: str, launches: Counter[str]) -> None:
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches[self.name] += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    pytest.importorskip("triton")
+    counts: Counter[str] = Counter()
+    for stem in ("dino_loss", "ema", "multi_crop"):
+        module = importlib.import_module(f"fastdino.ops.{stem}_triton")
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), name, counts))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield counts
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("crops", "images", "prototypes"), [(3, 2, 40), (10, 5, 2100)])
+def test_the_loss_takes_three_launches_and_its_gradient_one(
+    launches: Counter[str], crops: int, images: int, prototypes: int, given: bool
+) -> None:
+    student = torch.randn(crops, images, prototypes, requires_grad=True)
+    loss = ops.dino_loss(
+        student,
+        torch.randn(2, images, prototypes),
+        torch.randn(prototypes),
+        student_temp=0.1,
+        teacher_temp=0.04,
+        pair_weights=torch.ones(crops, 2) if given else None,
+        impl="triton",
+    )
+    forward = {"tile_kernel": 1, "merge_kernel": 1, "finish_kernel": 1}
+    expect(launches, forward, "the loss's launches have changed")
+    loss.backward()
+    expect(launches, forward | {"bwd_kernel": 1}, "the launches of the loss's gradient have changed")
+
+
+def test_the_teacher_takes_a_launch_for_each_kind_of_tensors(launches: Counter[str]) -> None:
+    sizes = [1, 7, 4096, 5000] * 40
+    teacher, student, half = ([torch.randn(n) for n in sizes] for _ in range(3))
+    ops.ema_(teacher, student, 0.9, impl="triton")
+    expect(launches, {"ema_kernel": 1}, "the launches for 160 parameters have changed")
+    launches.clear()
+    ops.ema_(teacher + half, student + [x.bfloat16() for x in student], 0.9, impl="triton")
+    expect(launches, {"ema_kernel": 2}, "the launches for parameters of two types have changed")
+
+
+PLAIN = View(size=16, box=(1, 2, 20, 22), flip=True, jitter=(), grayscale=True, blur=None, solarize=True)
+CROPS = ("weights_kernel", "horizontal_kernel", "vertical_kernel", "color_kernel", "blur_kernel")
+
+
+@pytest.mark.parametrize(
+    ("views", "recorded"),
+    [
+        ([PLAIN, PLAIN], CROPS[:3]),
+        ([PLAIN, replace(PLAIN, jitter=(("contrast", 1.2), ("hue", 0.1)), blur=1.0), PLAIN], CROPS),
+    ],
+    ids=["plain", "all"],
+)
+def test_all_crops_of_a_batch_take_five_launches(
+    launches: Counter[str], views: list[View], recorded: tuple[str, ...]
+) -> None:
+    images = [torch.randint(0, 256, (24 + i, 30, 3), dtype=torch.uint8) for i in range(2)]
+    out = [torch.empty(2, 3, view.size, view.size, dtype=torch.uint8) for view in views]
+    with torch.device("cpu"):
+        parameters = torch.stack([encode(views)] * 2)
+        ops.multi_crop(images, parameters, out, impl="triton")
+    expect(launches, dict.fromkeys(recorded, 1), "the launches of the crops have changed")
+
+
+# Graphs, with schedules that go on.
+
+
+def graphs(f: Callable[..., object], calls: list[tuple[Any, ...]]) -> list[int]:
+    """How many graphs there are after each call of `f`, compiled without a break."""
+    counter = CompileCounter()
+    compiled, seen = torch.compile(f, backend=counter, fullgraph=True), []
+    for arguments in calls:
+        compiled(*arguments)
+        seen.append(counter.frame_count)
+    return seen
+
+
+@pytest.mark.parametrize(("as_tensors", "recorded"), [(True, [1, 1, 1, 1]), (False, [1, 2, 2, 2])])
+def test_a_schedule_of_temperatures_compiles_the_loss_no_more_than_it_did(
+    dynamo: None, as_tensors: bool, recorded: list[int]
+) -> None:
+    """Numbers take one graph more: what Dynamo first takes for a constant."""
+    student, teacher, center = (
+        torch.randn(4, 2, 64, requires_grad=True),
+        torch.randn(2, 2, 64),
+        torch.zeros(64),
+    )
+
+    def loss(temp: float | Tensor) -> None:
+        ops.dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=temp)
+
+    temps = [0.04, 0.05, 0.06, 0.07]
+    found = graphs(loss, [(torch.tensor(x) if as_tensors else x,) for x in temps])
+    assert found == recorded, (
+        "graphs after each temperature; record them here and say why in the commit message"
+    )
+
+
+def test_a_schedule_of_momenta_compiles_the_teachers_update_once(dynamo: None) -> None:
+    """The operator: `ema_` itself compares addresses, which Dynamo leaves to Python."""
+    teacher, student = ([torch.randn(n) for n in (15, 7)] for _ in range(2))
+
+    def update(momentum: Tensor) -> None:
+        _ema_(teacher, student, [], momentum, "torch")
+
+    found = graphs(update, [(torch.tensor(x),) for x in (0.99, 0.995, 0.999)])
+    assert found == [1, 1, 1], (
+        "graphs after each momentum; record them here and say why in the commit message"
+    )
+
+
+# Instructions of the native kernels, one thread, as valgrind sees them: an AVX2 processor.
+
+PROGRAM = """
+import ctypes, random, sys
+from ctypes import addressof, byref, c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
+
+library, name = ctypes.CDLL(sys.argv[1]), sys.argv[2]
+random.seed(0)
+
+def call(kernel, *arguments):
+    function = getattr(library, f"fastdino_{kernel}_avx2")
+    function.restype = None
+    function(*arguments)
+
+def numbers(n):  # drawn here, each of them would take longer than the kernel
+    few = [random.uniform(-2, 2) for _ in range(997)]
+    return (c_float * n)(*(few * (n // 997 + 1))[:n])
+
+def pointers(*arrays):
+    return (c_void_p * len(arrays))(*map(addressof, arrays))
+
+if name == "ema":
+    n = 20_000
+    teacher, student = numbers(n), numbers(n)
+    sizes = (c_int64 * 1)(n), (c_int32 * 1)(0)
+    call("ema", pointers(teacher), pointers(student), None, *sizes, c_int64(1), c_float(0.004), 1)
+elif name == "dino_loss":
+    V, G, B, K = 4, 2, 2, 1000
+    numbers_of = (c_int64 * 10)(V, G, B, K, *(B * K, K) * 3)
+    floats = c_int64()
+    call("dino_loss_workspace", byref(floats), numbers_of, 1)
+    student, teacher, center = numbers(V * B * K), numbers(G * B * K), numbers(K)
+    gradient, workspace, mean = (c_float * (V * B * K))(), (c_float * floats.value)(), (c_float * K)()
+    stats = (c_float * (2 * V * B))(), (c_float * (2 * G * B))()
+    weights = (c_float * (V * G))(*(v != g for v in range(V) for g in range(G)))
+    loss, losses, temps = c_float(), (c_double * B)(), (c_float(0.1), c_float(0.04))
+    given = (student, teacher, center, weights)
+    call("dino_loss_forward", byref(loss), *stats, mean, workspace, losses, *given, *temps, numbers_of, 0, 1)
+    assert loss.value > 0
+    call("dino_loss_backward", gradient, workspace, *given, *stats, *temps, c_float(1), numbers_of, 0, 1)
+    assert any(gradient)
+else:
+    size, height, width, box = 64, 90, 120, (5, 10, 80, 100)
+    image = (c_uint8 * (3 * height * width))(*random.randbytes(3 * height * width))
+    views = [[*box, 1, 1, 1.2, 2, 0.8, 3, 1.1, 4, 0.05, 0, 1.5, 1], [*box, *[0] * 10, -1, 0]]
+    out = [(c_uint8 * (3 * size * size))() for _ in views]
+    shapes, sizes = (c_int64 * 3)(height, width, 3), (c_int64 * 2)(size, size)
+    parameters = (c_double * 32)(*views[0], *views[1])
+    call("multi_crop", pointers(image), shapes, c_int64(1), parameters, c_int64(2), pointers(*out), sizes, 1)
+    assert all(map(any, out))
+"""
+COMPILER = re.search(rb"GCC: \([^)]*\) (\d+)\.", native.LIBRARY.read_bytes()) if native.isas() else None
+
+
+@pytest.mark.skipif("avx2" not in native.isas(), reason="needs the native kernels and a processor with AVX2")
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind")
+@pytest.mark.skipif(not COMPILER or COMPILER[1] != b"12", reason="these are recorded of code by GCC 12")
+@pytest.mark.parametrize(
+    ("kernel", "recorded"),
+    [
+        ("ema", 23_500),  # of 20,000 parameters: 1.1 each
+        ("dino_loss", 125_500),  # of 8,000 logits, forward and backward: 15 each
+        ("multi_crop", 1_117_400),  # of two views of 64 pixels, one with all there is: 45 a number
+    ],
+)
+def test_kernels_take_no_more_instructions(tmp_path: Path, kernel: str, recorded: int) -> None:
+    """Those of the library itself and of libm, within 3 %."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    program = [sys.executable, "-S", "-E", tmp_path / "program.py", native.LIBRARY, kernel]
+    counts = tmp_path / "counts"
+    tool = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={counts}"]
+    subprocess.run([*tool, *program], check=True, capture_output=True)
+    read = ["callgrind_annotate", "--threshold=100", "--show-percs=no", counts]
+    listed = subprocess.run(read, check=True, capture_output=True, text=True).stdout
+    lines = re.findall(rf"^ *([\d,]+)  .*\[.*/(?:{native.LIBRARY.name}|libm[.-].*)\]$", listed, re.MULTILINE)
+    found = sum(int(n.replace(",", "")) for n in lines)
+    if abs(found / recorded - 1) > 0.03:
+        expect({kernel: found}, {kernel: recorded}, "the instructions of a kernel have changed")
