@@ -1,4 +1,4 @@
-# make demo   install, render the sample images, train on them (under 5 minutes on two cores), show the result
+# make demo   install, render the sample images, train on them (3 minutes on two cores), show the result
 # make test   install and run all tests
 # make check  ruff, format, types
 # make bench  time the operations, an update, loading and k-NN (3 minutes); `.venv/bin/pytest-benchmark compare`
