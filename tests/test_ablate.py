@@ -339,7 +339,7 @@ def test_the_list_is_printed_and_nothing_done(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         ablate.main()
     lines = capsys.readouterr().out.splitlines()
-    assert (ended.value.code, len(lines), [*tmp_path.iterdir()]) == (0, 31, [])
+    assert (ended.value.code, len(lines), [*tmp_path.iterdir()]) == (0, 27, [])
     assert re.match(
         r"teacher +student-copy +3 seeds +collapses \(figure 6\) +--teacher-update student_copy$", lines[3]
     )
