@@ -30,7 +30,17 @@ TESTED: dict[str, tuple[str, ...]] = {  # and what they import beyond torch and 
 OPS = ["-m", "benchmarks.ops"]
 STEP = ["-m", "benchmarks.step"]
 DATA = ["-m", "benchmarks.data"]
-NEEDS = {"tests": ("pytest",), "data": (*PILLOW, "skimage", "sklearn")}
+UPDATES = ["-m", "benchmarks.patch_size"]
+NEEDS = {
+    "tests": ("pytest",),
+    "data": (*PILLOW, "skimage", "sklearn"),
+    "patch_size": (*PILLOW, "rich", "safetensors", "tyro"),
+}
+# an update of a toy, every variant but the compiled ones
+TINY_UPDATES = (
+    "--archs vit_nano --patches 8 --global-size 32 --local-size 16 --local-crops 2 --out-dim 64 --images 2 "
+    "--means vit_nano --loader --no-compile --rounds 2 --minutes 1"
+)
 
 
 def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
@@ -64,6 +74,11 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
                 120,
                 [*DATA, "--device", "cpu", "--out", str(out / "data"), "--quick", "--parts", "core"],
             ),
+            (
+                "patch_size",
+                120,
+                [*UPDATES, "--device", "cpu", "--out", str(out / "patch_size"), *TINY_UPDATES.split()],
+            ),
         ]
     gpu = [*OPS, "--device", "cuda", "--seconds", "4", "--rounds", "101"]
     return [
@@ -92,6 +107,11 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
             "data",
             150,
             [*DATA, "--device", "cuda", "--out", str(out / "data"), "--parts", "gpu", "workers", "train"],
+        ),
+        (
+            "patch_size",
+            300,
+            [*UPDATES, "--device", "cuda", "--out", str(out / "patch_size"), "--minutes", "4"],
         ),
         ("ema", 60, [*gpu, "--out", str(out / "ema"), *_problems("", "", "", "vit_small vit_large")]),
         ("batch", 120, [*gpu, "--out", str(out / "batch"), *_problems("8 16 32", "65536", "bfloat16", "")]),

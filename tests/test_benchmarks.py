@@ -25,9 +25,10 @@ def test_rehearsal_runs_every_part_and_writes_its_results(tmp_path: Path) -> Non
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [part["part"] for part in summary] == ["tests", "loss", "ema", "step", "data"]
-    assert [part["status"] for part in summary[:-1]] == ["ok"] * 4
-    assert summary[-1]["status"] == "left out: not installed: PIL, torchvision"
+    assert [part["part"] for part in summary] == ["tests", "loss", "ema", "step", "data", "patch_size"]
+    assert [part["status"] for part in summary[:-2]] == ["ok"] * 4
+    assert summary[-2]["status"] == "left out: not installed: PIL, torchvision"
+    assert summary[-1]["status"] == "left out: not installed: PIL, torchvision, rich, safetensors, tyro"
     for part in ("loss", "ema"):
         result = json.loads((tmp_path / "out" / part / "results.json").read_text())
         assert {"fastdino", "copy of the ideal bytes"} <= {row["variant"] for row in result["rows"]}
