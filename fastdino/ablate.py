@@ -23,12 +23,12 @@ import tyro
 
 from fastdino import compare, data, distributed
 from fastdino.compare import Row, Variant
-from fastdino.config import PRESETS, Config, number, settle
+from fastdino.config import PRESETS, Config, number
 from fastdino.data.samples import render_samples
 from fastdino.data.sources import open_source, printable
-from fastdino.dino import build_backbone
 from fastdino.eval.knn import check_classes
 from fastdino.files import write_atomically
+from fastdino.train import settle_for, stop_signals
 
 EPOCHS = 8  # on the sample images, where --epochs does not say
 VAL = 800  # sample images that test k-NN
@@ -98,10 +98,7 @@ def configure(preset: str, flags: Sequence[str], images: int) -> Config:
     config = tyro.extras.overridable_config_cli(
         PRESETS, args=[preset, *flags], prog="fastdino-train", config=(tyro.conf.OmitArgPrefixes,)
     )
-    with torch.device("meta"):
-        backbone = build_backbone(config.model, config.data.crops.global_crops_size)
-    updates = config.optim.epochs * data.steps_per_epoch(images, config.optim.batch_size)
-    return settle(config, images, updates, getattr(backbone, "embed_dim", 384))[0]
+    return settle_for(config, images)[0]
 
 
 @dataclass
@@ -160,38 +157,41 @@ def execute(
 ) -> None:
     """Do the jobs in order, `at_once` together; `ended` gets each, its exit status and the seconds left.
 
-    Raises KeyboardInterrupt if a command was told to go. What ends this early ends all: they are told to
-    save, and waited for.
+    Raises KeyboardInterrupt if this process or a command was told to go. What ends this early ends all: they
+    are told to save, and waited for.
     """
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     waiting, running, work, seconds = [*jobs], list[Job](), 0.0, 0.0
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(waiting.pop(0))
-                running[-1].start(environment)
-            time.sleep(0.1)
-            for job in [*running]:
-                code = job.process.poll() if job.process else None
-                if code is None:
-                    continue
-                if code in STOPPED:
+    with stop_signals() as told:  # an exception within Popen would leave a process that nobody knows
+        try:
+            while waiting or running:
+                if told:
                     raise KeyboardInterrupt
-                if code == 0 and job.commands:
-                    job.start(environment)
-                    continue
-                running.remove(job)
-                now = time.monotonic()
-                work, seconds = work + job.run.work(), seconds + now - job.began
-                left = sum(j.run.work() for j in waiting + running) * seconds / work
-                left -= sum(min(now - j.began, j.run.work() * seconds / work) for j in running)
-                ended(job, code, left / at_once)
-    finally:
-        processes = [job.process for job in running if job.process]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+                while waiting and len(running) < at_once:
+                    running.append(waiting.pop(0))
+                    running[-1].start(environment)
+                time.sleep(0.1)
+                for job in [*running]:
+                    code = job.process.poll() if job.process else None
+                    if code is None:
+                        continue
+                    if code in STOPPED:
+                        raise KeyboardInterrupt
+                    if code == 0 and job.commands:
+                        job.start(environment)
+                        continue
+                    running.remove(job)
+                    now = time.monotonic()
+                    work, seconds = work + job.run.work(), seconds + now - job.began
+                    left = sum(j.run.work() for j in waiting + running) * seconds / work
+                    left -= sum(min(now - j.began, j.run.work() * seconds / work) for j in running)
+                    ended(job, code, left / at_once)
+        finally:
+            processes = [job.process for job in running if job.process]
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
 
 
 @dataclass(frozen=True, kw_only=True)

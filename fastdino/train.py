@@ -93,6 +93,14 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
+def settle_for(config: Config, images: int) -> tuple[Config, list[str]]:
+    """`config.settle` for a run on so many images; ValueError if network or batch cannot be."""
+    with torch.device("meta"):
+        backbone = build_backbone(config.model, config.data.crops.global_crops_size)
+    updates = config.optim.epochs * data.steps_per_epoch(images, config.optim.batch_size)
+    return settle(config, images, updates, getattr(backbone, "embed_dim", 384))
+
+
 def train(config: Config) -> dict[str, Any]:
     """Train DINO as `config` says, or go on with the run in `config.run.out`; returns the last metrics.
 
@@ -128,9 +136,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
         data.share_of(cfg.batch_size, cfg.accumulate, ranks)
         total = cfg.epochs * steps_per_epoch
-        with torch.device("meta"):
-            width = getattr(build_backbone(config.model, policy.global_crops_size), "embed_dim", 384)
-        config, settled = settle(config, len(source), total, width)
+        config, settled = settle_for(config, len(source))
         cfg = config.optim
         out = Path(config.run.out)
         if Path(config.data.data).is_dir() and out.resolve().is_relative_to(Path(config.data.data).resolve()):

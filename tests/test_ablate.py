@@ -1,10 +1,12 @@
 """fastdino-ablate: what is planned, what is refused; a tiny ablation that is stopped, goes on and is kept."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,21 @@ def test_a_job_that_is_told_to_go_stops_all(tmp_path: Path):
         execute(jobs, 2, 1, lambda *_: None)
     assert jobs[0].process is not None
     assert jobs[0].process.returncode == -signal.SIGTERM
+
+
+def test_told_to_go_while_a_job_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the interpreter answers the signal here
+
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    with pytest.raises(KeyboardInterrupt):
+        execute([job(tmp_path / "a", "import time; time.sleep(60)")], 1, 1, lambda *_: None)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 def test_a_failing_variant_is_reported_and_tried_again_and_the_others_go_on(tmp_path, monkeypatch, capsys):
