@@ -29,7 +29,7 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The prototypes (K, D) as they multiply."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
