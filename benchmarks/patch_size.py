@@ -1,6 +1,6 @@
 """Times whole DINO updates against patch size: official DINO, lightly's parts, fastdino, and what brings it.
 
-    python -m benchmarks.patch_size [--device cuda] [--minutes 40] [--quick] [--plot-only] [--out DIR]
+    python -m benchmarks.patch_size [--device cuda] [--minutes 50] [--quick] [--plot-only] [--out DIR]
 
 An update is the forward passes of teacher and student, loss, backward pass, clipping, optimiser, moving
 average and centre, on random images in memory: two global crops of 224 and eight local ones of 96 pixels an
@@ -30,8 +30,8 @@ the same weights and images without stochastic depth, and its clipping, optimise
 their formulas say (benchmarks/update.py; in half precision within twice official DINO's own error there;
 lightly on timm's ViT for the global crops alone, since timm resizes position embeddings otherwise).
 
-images/s     median of the rounds, least and most; in a round every variant has its turn. Ratios are medians
-             of the rounds' own. On a CPU with the default allocator, as fastdino-train has it
+images/s     median of the rounds, least and most; in a round every variant has a turn, in a new order. Ratios
+             are medians of the rounds' own. On a CPU with the default allocator, as fastdino-train has it
 peak MB      what an update holds at its highest: tensors of student and teacher and the optimiser's state,
              counted, and what comes on top within the update, measured (on a CPU: resident memory, after
              the allocator gave back what it kept). The images are left out. MB an image: less that of half
@@ -50,6 +50,7 @@ import argparse
 import gc
 import json
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -164,7 +165,8 @@ def bench(problem: Problem, asked: Row, device: torch.device, rates: Row, until:
     print(f"{problem.name}: checked and warm after {time.monotonic() - began:.0f} s", flush=True)
     for done in range(args.rounds):
         started = time.monotonic()
-        for name, variant in variants.items():
+        # in another order each time: who comes after whom costs, or saves, some per cent
+        for name, variant in random.Random(done).sample([*variants.items()], len(variants)):
             mark = nothing if gpu else parts[name]
             if slow and done == 0:
                 peaks[name] = peak(variant, crops, times[name], mark)
@@ -238,8 +240,6 @@ def bench_loader(
     images = problem.images
     policy = problem.config().data.crops
     workers = data.choose_workers(images) if workers is None else workers
-    times: dict[str, list[float]] = {}
-    waits: dict[str, list[float]] = {}
     instead = mock.patch.multiple(loaders, POLICY=policy, SIZES=problem.sides)
     with tempfile.TemporaryDirectory() as scratch, instead:
         where = Path(scratch, "photos")
@@ -253,6 +253,7 @@ def bench_loader(
             del own["lightly"]  # whose transform there has its own sizes
         feeds = [(name, name, way) for name, way in own.items() if name in variants and way in ways]
         feeds.append(("loader", "fastdino", "official DINO"))
+        times, waits = ({name: list[float]() for name, _, _ in feeds} for _ in range(2))
         loaders.check([ways[way] for way in own.values() if way in ways], source, device, min(16, images))
 
         def feed(variant: Any, way: Any, count: int) -> tuple[float, float]:
@@ -274,12 +275,12 @@ def bench_loader(
             variant.its.drop_gradients()
             return seconds / count, waited / seconds
 
-        for _ in range(rounds):
-            for name, variant, way in feeds:
+        for done in range(rounds):
+            for name, variant, way in random.Random(done).sample(feeds, len(feeds)):
                 count = max(4, min(50, round(FED / run(variants[variant], problem.crops(images, device)))))
                 seconds, waited = feed(variants[variant], ways[way], count)
-                times.setdefault(name, []).append(seconds)
-                waits.setdefault(name, []).append(waited)
+                times[name].append(seconds)
+                waits[name].append(waited)
                 gc.collect()  # its workers end
     return [
         {"variant": name, "workers": workers, "images_per_s": spread([images / t for t in its])}
@@ -533,7 +534,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--archs", nargs="*", default=["vit_small", "vit_base", "vit_tiny", "resnet50"])
     parser.add_argument("--patches", type=int, nargs="*", default=[16, 8, 14, 5])
     parser.add_argument("--images", type=int, help="an update; default: by the network's FLOPs")
-    parser.add_argument("--minutes", type=float, default=8 if gpu else 40, help="in all, about")
+    parser.add_argument("--minutes", type=float, default=8 if gpu else 50, help="in all, about")
     parser.add_argument("--rounds", type=int, default=9, help="at most, of a problem; two are due")
     few = ["vit_small/16", "vit_small/8"]
     parser.add_argument("--means", nargs="*", default=["vit_tiny/16", *few], help="taken away of these")
