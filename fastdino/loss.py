@@ -126,7 +126,8 @@ class DINOLoss(nn.Module):
             )
         if not 0 <= epoch <= last:
             raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")
-        teacher_temp = float(self.teacher_temp_schedule[epoch])
+        # as a tensor: torch.compile then takes no graph of its own for each epoch
+        teacher_temp = torch.from_numpy(self.teacher_temp_schedule)[epoch]
         if self.centering == "sinkhorn":
             center = ops.sinkhorn_center(teacher_output, teacher_temp)
         else:

@@ -6,6 +6,7 @@ count that differs need not be an error: where the change is worth it, record th
 reason in the commit message. (The graphs of a run with compiled blocks are counted in test_train.py.)
 """
 
+import copy
 import importlib
 import re
 import shutil
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdino import ops, train
+from fastdino import DINOLoss, ops, train
 from fastdino.data.crops import View, encode
 from fastdino.dino import DINO
 from fastdino.ops import native
@@ -64,26 +65,26 @@ FLOAT32 = table(
     """2 _foreach_add_, 1 _foreach_mul_, 1 _foreach_norm, 2 _foreach_sub_, 2 _fused_adamw_,
     2 _weight_norm_interface, 1 _weight_norm_interface_backward,
     12 _scaled_dot_product_flash_attention_for_cpu, 8 _scaled_dot_product_flash_attention_for_cpu_backward,
-    6 _to_copy, 8 _unsafe_view, 2 abs, 42 add, 1 add_, 40 addmm, 1 bitwise_and, 1 bitwise_not, 23 cat,
+    7 _to_copy, 8 _unsafe_view, 2 abs, 42 add, 1 add_, 40 addmm, 1 bitwise_and, 1 bitwise_not, 23 cat,
     1 clamp, 2 clamp_min, 10 clone, 3 convolution, 2 convolution_backward, 2 copy_, 9 div, 10 div_, 3 eq,
     1 fastdino::dino_loss, 1 fastdino::dino_loss_bwd_, 1 fastdino::ema_, 4 full, 1 ge, 12 gelu,
     6 gelu_backward, 1 lerp_, 3 linalg_vector_norm, 1 masked_fill_, 1 mean, 44 mm, 5 mul,
     18 native_layer_norm, 9 native_layer_norm_backward, 2 ne, 1 neg, 1 ones_like, 2 promote_types,
     1 reciprocal, 1 scalar_tensor, 6 select_backward, 10 slice_backward, 11 stack, 5 sub_, 25 sum,
-    1 upsample_bicubic2d, 1 upsample_bicubic2d_backward, 2 where, 4 zeros, 455 views,
-    489 tensors, 45849528 bytes"""
+    1 upsample_bicubic2d, 1 upsample_bicubic2d_backward, 2 where, 4 zeros, 456 views,
+    490 tensors, 45849532 bytes"""
 )
 # With the matrix products of oneDNN. Of the eight weights with more outputs than inputs the gradient comes
 # transposed, and is copied: ops/linear.py.
 FLOAT32_ONEDNN = FLOAT32 | table(
-    """0 addmm, 0 mm, 84 fastdino::linear_onednn, 7 new_empty_strided, 9 copy_, 11 clone, 416 views,
-    497 tensors, 47494072 bytes"""
+    """0 addmm, 0 mm, 84 fastdino::linear_onednn, 7 new_empty_strided, 9 copy_, 11 clone, 417 views,
+    498 tensors, 47494076 bytes"""
 )
 # Casts of weights and activations (_to_copy, each once a use), and attention by matrix products.
 BFLOAT16 = FLOAT32 | table(
     """0 _scaled_dot_product_flash_attention_for_cpu, 0 _scaled_dot_product_flash_attention_for_cpu_backward,
-    12 _softmax, 8 _softmax_backward_data, 184 _to_copy, 80 _unsafe_view, 56 bmm, 58 clone, 25 mul,
-    603 views, 763 tensors, 42217624 bytes"""
+    12 _softmax, 8 _softmax_backward_data, 185 _to_copy, 80 _unsafe_view, 56 bmm, 58 clone, 25 mul,
+    604 views, 764 tensors, 42217628 bytes"""
 )
 # What a step adds that logs: the vitals, the distance of the teacher tensor by tensor, three readings.
 LOGGED = table(
@@ -395,6 +396,21 @@ def test_a_schedule_of_temperatures_compiles_the_loss_no_more_than_it_did(
     assert found == recorded, (
         "graphs after each temperature; record them here and say why in the commit message"
     )
+
+
+@pytest.mark.parametrize("centering", ["ema", "sinkhorn"])
+def test_the_epochs_of_a_loss_compile_into_two_graphs(
+    dynamo: None, centering: Literal["ema", "sinkhorn"]
+) -> None:
+    """Of the first epoch, and of any."""
+    loss = DINOLoss(64, 4, 0.04, 0.07, 3, 6, centering=centering)
+    eager = copy.deepcopy(loss)
+    student, teacher = torch.randn(8, 64, requires_grad=True), torch.randn(4, 64)
+    found = graphs(lambda epoch: loss(student, teacher, epoch), [(epoch,) for epoch in range(6)])
+    assert found == [1, 2, 2, 2, 2, 2], "graphs after each epoch; record them here and say why in the commit"
+    for epoch in range(6):
+        eager(student, teacher, epoch)
+    torch.testing.assert_close(loss.center, eager.center)
 
 
 def test_a_schedule_of_momenta_compiles_the_teachers_update_once(dynamo: None) -> None:
