@@ -117,7 +117,8 @@ class Run:
     def network(self) -> str:
         """What the features before training depend on, besides the seed."""
         m, crops = self.config.model, self.config.data.crops
-        return f"{m.arch} {m.patch_size} {m.num_register_tokens} {m.layer_scale} {crops.global_crops_size}"
+        shape = f"{m.arch} {m.patch_size} {m.num_register_tokens} {m.layer_scale} {crops.global_crops_size}"
+        return f"{shape} {m.init_from}".rstrip()
 
     def work(self) -> float:
         """Rough cost: the tokens of an image in student, where backward is twice forward, and teacher."""

@@ -21,7 +21,7 @@ from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
 from fastdino.data import open_source
 from fastdino.dino import DINO, load_backbone
 from fastdino.eval import KNN
-from fastdino.eval.features import raw_pixels
+from fastdino.eval.features import raw_pixels, untrained
 from fastdino.eval.knn import evaluate_knn
 
 CONFIG = Config(
@@ -85,6 +85,18 @@ def test_accuracies_are_those_of_the_teacher_and_of_both_baselines(run: Path, ca
     for name, accuracy in expected.items():
         assert f"{name} {accuracy['1']:.1f} {accuracy['5']:.1f}" in rows
     assert rows[0] == "k-NN accuracy in %: 36 images by the others, 3 classes"
+
+
+def test_a_run_that_began_with_weights_is_compared_with_these(run: Path, tmp_path: Path):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, init_from=str(run)))
+    (tmp_path / "later").mkdir()
+    later = make_run(tmp_path / "later", config=config)
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(untrained(str(later))(x), load_backbone(str(run))(x))
+    assert not torch.equal(untrained(str(run))(x), load_backbone(str(run))(x))
+    (run / "teacher.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=str(run)):
+        untrained(str(later))
 
 
 def test_images_of_val_are_classified_by_those_of_data(run: Path, capsys):

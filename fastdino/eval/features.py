@@ -194,6 +194,23 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device) if x.numel() * x.element_size() < free / 2 else x
 
 
+def untrained(weights: str) -> nn.Module:
+    """The teacher's backbone that the run of `weights` began with: of its seed, or of its --init-from.
+
+    Raises:
+        ValueError: weights that are not of a run.
+        FileNotFoundError: the weights that it began with are no longer there.
+    """
+    if not checkpoint.is_ours(weights):
+        raise ValueError("--baselines needs the weights of a run, which say how the network was initialised")
+    config = checkpoint.read_teacher(weights)[1]
+    torch.manual_seed(config.run.seed)
+    network = dino.DINO(config)
+    if config.model.init_from:
+        network.load_weights(config.model.init_from)
+    return network.teacher.backbone.eval()  # type: ignore[operator]
+
+
 def raw_pixels(images: Tensor) -> Tensor:
     """The baseline that has learnt nothing: pixels (B, 3, S, S) as features, at most 32 x 32 of them."""
     if images.shape[-1] > 32:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdino import checkpoint, dino, distributed
+from fastdino import distributed
 from fastdino.config import CropPolicy
 from fastdino.data import open_source
 from fastdino.data.sources import Source
@@ -26,6 +26,7 @@ from fastdino.eval.features import (
     on_device,
     raw_pixels,
     share,
+    untrained,
 )
 
 KS = (10, 20, 100, 200)
@@ -183,7 +184,7 @@ class KNN(Evaluation):
     temperature: float = TEMPERATURE
     """A neighbour's vote weighs exp(similarity / temperature)."""
     baselines: bool = False
-    """Also the same network untrained, with the initial weights of the run, and raw pixels."""
+    """Also the same network with the weights that the run began with, and raw pixels."""
 
     def _check(self) -> None:
         super()._check()
@@ -231,11 +232,4 @@ class KNN(Evaluation):
     def _baselines(self, device: torch.device) -> dict[str, Network]:
         if not self.baselines:
             return {}
-        if not checkpoint.is_ours(self.weights):
-            raise ValueError(
-                "--baselines needs the weights of a run, which say how the network was initialised"
-            )
-        config = checkpoint.read_teacher(self.weights)[1]
-        torch.manual_seed(config.run.seed)
-        untrained = dino.DINO(config).teacher.backbone.eval().to(device)
-        return {"untrained network": untrained, "raw pixels": raw_pixels}
+        return {"untrained network": untrained(self.weights).to(device), "raw pixels": raw_pixels}

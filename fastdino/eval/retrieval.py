@@ -137,7 +137,7 @@ class Retrieval(Evaluation):
     """Numbers of first images in which recall looks for a relevant one."""
     copy_detection: bool = False
     """Official DINO's features for copy detection: the class token and pooled patch tokens of the whole image
-    made square. It takes --image-size 320."""
+    made square. Give --image-size 320, as official DINO."""
 
     def _check(self) -> None:
         super()._check()

@@ -17,11 +17,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from fastdino import checkpoint, dino
 from fastdino.config import CropPolicy
 from fastdino.data.sources import reason_of
 from fastdino.distributed import choose_device
 from fastdino.eval.attention import SHARE, Named, fit, keep_mass, load, look, open_images
+from fastdino.eval.features import untrained
 from fastdino.files import write_atomically
 from fastdino.vit import VisionTransformer
 
@@ -165,7 +165,7 @@ class Segmentation:
     """The image's shorter side in pixels, cut to whole patches. Default: twice the size of the crops that the
     run was trained on, 480 for weights of others."""
     baselines: bool = False
-    """Also the same network untrained, with the initial weights of the run."""
+    """Also the same network with the weights that the run began with."""
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, ..."""
     json: str = ""
@@ -190,7 +190,8 @@ class Segmentation:
         side = self.image_size or side
         networks = {"teacher": network}
         if self.baselines:
-            networks["untrained"] = self._untrained().to(device)
+            before: Any = untrained(self.weights).to(device)
+            networks["untrained"] = before
         bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
         found = {
             name: evaluate_segmentation(
@@ -228,13 +229,3 @@ class Segmentation:
             settings = {"images": n, "left_out": left_out, "threshold": self.threshold, "image_size": side}
             text = json.dumps(values | settings, indent=2)
             write_atomically(Path(self.json), lambda beside: beside.write_text(text + "\n"))
-
-    def _untrained(self) -> VisionTransformer:
-        if not checkpoint.is_ours(self.weights):
-            raise ValueError(
-                "--baselines needs the weights of a run, which say how the network was initialised"
-            )
-        config = checkpoint.read_teacher(self.weights)[1]
-        torch.manual_seed(config.run.seed)
-        backbone: Any = dino.DINO(config).teacher.backbone
-        return backbone.eval()
