@@ -1,4 +1,4 @@
-"""`fastdino-export --run OUT --to FORMAT`: the trained network in a file for others, checked by loading."""
+"""`fastdino-export WEIGHTS --to FORMAT`: the trained network in a file for others, checked by loading."""
 
 import sys
 import warnings
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -33,7 +33,7 @@ MOST_NUMBERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
 class Export:
     """Write a trained network for others, and check the file by loading it as they would."""
 
-    run: str
+    weights: Annotated[str, tyro.conf.Positional]
     """A run's folder, its teacher.safetensors, or other weights that fastdino reads."""
     to: Literal["official", "timm", "torch", "safetensors", "onnx"]
     """official: a checkpoint as official DINO writes it, with student and centre where the run's folder has
@@ -55,7 +55,7 @@ def export(options: Export) -> Path:
             that is not installed.
         RuntimeError: what was written does not load, or gives other features: nothing is left there.
     """
-    source = Path(options.run)
+    source = Path(options.weights)
     beside = (source if source.is_dir() else source.parent) / FILES[options.to]
     out = Path(options.out) if options.out else beside
     if out.suffix != beside.suffix:
@@ -65,7 +65,7 @@ def export(options: Export) -> Path:
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
     weights = checkpoint.read_weights(source)
-    backbone = load_backbone(options.run)
+    backbone = load_backbone(options.weights)
     crops = weights.config.data.crops if weights.config else None
     size = options.size or (crops.global_crops_size if crops else 224)
     state = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}

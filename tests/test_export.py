@@ -66,7 +66,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_state_dict_is_the_teachers_backbone_bit_for_bit(tmp_path: Path, network: str, to: str) -> None:
     out, dino, _ = make_run(tmp_path, **NETWORKS[network])
-    path = export.export(Export(run=str(out), to=to))
+    path = export.export(Export(weights=str(out), to=to))
     assert path == out / ("backbone.pth" if to == "torch" else "backbone.safetensors")
     found = torch.load(path, weights_only=True) if to == "torch" else load_file(path)
     assert_same(found, dino.teacher.backbone.state_dict())
@@ -79,7 +79,7 @@ def test_a_state_dict_is_the_teachers_backbone_bit_for_bit(tmp_path: Path, netwo
 @pytest.mark.parametrize("network", ["vit", "resnet"])
 def test_official_holds_teacher_student_and_centre(tmp_path: Path, network: str) -> None:
     out, dino, config = make_run(tmp_path, **NETWORKS[network])
-    found = torch.load(export.export(Export(run=str(out), to="official")), weights_only=True)
+    found = torch.load(export.export(Export(weights=str(out), to="official")), weights_only=True)
     assert_same(found["teacher"], dino.teacher.state_dict())
     assert_same(found["student"], {f"module.{k}": v for k, v in dino.student.state_dict().items()})
     assert torch.equal(found["dino_loss"]["center"], dino.loss.center)
@@ -96,7 +96,7 @@ def test_official_holds_teacher_student_and_centre(tmp_path: Path, network: str)
 def test_official_of_a_teacher_alone_has_no_student(tmp_path: Path) -> None:
     out, dino, _ = make_run(tmp_path)
     path = export.export(
-        Export(run=str(out / "teacher.safetensors"), to="official", out=str(tmp_path / "o.pth"))
+        Export(weights=str(out / "teacher.safetensors"), to="official", out=str(tmp_path / "o.pth"))
     )
     found = torch.load(path, weights_only=True)
     assert found.keys() == {"teacher"}
@@ -106,7 +106,7 @@ def test_official_of_a_teacher_alone_has_no_student(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_step_than_the_teachers_is_not_mixed_in(tmp_path: Path) -> None:
     out, dino, config = make_run(tmp_path)
     checkpoint.write_teacher(out / "teacher.safetensors", dino.teacher, config, 4)
-    found = torch.load(export.export(Export(run=str(out), to="official")), weights_only=True)
+    found = torch.load(export.export(Export(weights=str(out), to="official")), weights_only=True)
     assert found.keys() == {"teacher"}
 
 
@@ -115,7 +115,7 @@ def test_timms_own_model_gives_the_same_features(
     tmp_path: Path, network: str, capsys: pytest.CaptureFixture
 ) -> None:
     out, dino, config = make_run(tmp_path, **NETWORKS[network])
-    path = export.export(Export(run=str(out), to="timm"))
+    path = export.export(Export(weights=str(out), to="timm"))
     # The line that was printed is what a person would type.
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("use it: ")]
     theirs = eval(line.removeprefix("use it: "), {"timm": timm})
@@ -136,7 +136,7 @@ def test_timm_takes_a_swiglu_and_odd_sizes(tmp_path: Path, capsys: pytest.Captur
     )
     source = tmp_path / "vit.pth"
     torch.save(vit.state_dict(), source)
-    path = export.export(Export(run=str(source), to="timm"))
+    path = export.export(Export(weights=str(source), to="timm"))
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("use it: ")]
     theirs = eval(line.removeprefix("use it: "), {"timm": timm})
     images = torch.randn(2, 2, 42, 42)
@@ -147,7 +147,7 @@ def test_timm_takes_a_swiglu_and_odd_sizes(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("network", NETWORKS)
 def test_onnx_gives_the_same_features_at_any_batch(tmp_path: Path, network: str) -> None:
     out, dino, config = make_run(tmp_path, **NETWORKS[network])
-    path = export.export(Export(run=str(out), to="onnx"))
+    path = export.export(Export(weights=str(out), to="onnx"))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
     assert [o.name for o in session.get_outputs()] == ["features"]
@@ -160,7 +160,7 @@ def test_onnx_gives_the_same_features_at_any_batch(tmp_path: Path, network: str)
 
 def test_onnx_of_another_size(tmp_path: Path) -> None:
     out, dino, _ = make_run(tmp_path)
-    path = export.export(Export(run=str(out), to="onnx", size=20))
+    path = export.export(Export(weights=str(out), to="onnx", size=20))
     images = torch.randn(2, 3, 20, 20)
     (found,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
     expected = features(dino.teacher.backbone, images)
@@ -179,7 +179,7 @@ def test_what_does_not_load_is_not_left_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(export, "save_file", spoilt)
     for to in ("safetensors", "timm"):
         with pytest.raises(RuntimeError, match=f"{to} does not load what was written"):
-            export.export(Export(run=str(out), to=to))
+            export.export(Export(weights=str(out), to=to))
     assert sorted(out.iterdir()) == before
 
 
@@ -188,12 +188,12 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
     def refused(message: str, **options: Any) -> None:
         with pytest.raises(ValueError, match=message):
-            export.export(Export(**({"run": str(out), "to": "torch"} | options)))
+            export.export(Export(**({"weights": str(out), "to": "torch"} | options)))
 
     refused("official DINO has no registers", to="official")
     refused("a file for onnx ends in .onnx", to="onnx", out="x.pth")
     refused("there is no folder", out=str(tmp_path / "nowhere" / "x.pth"))
-    export.export(Export(run=str(out), to="torch"))
+    export.export(Export(weights=str(out), to="torch"))
     refused("exists: remove it")
     for module, to in (("timm", "timm"), ("onnxruntime", "onnx")):
         with monkeypatch.context() as m:
@@ -203,14 +203,14 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(export, "MOST_NUMBERS", 1000)
     refused("an ONNX file holds 2 GB", to="onnx")
     with pytest.raises(FileNotFoundError):
-        export.export(Export(run=str(tmp_path / "none.pth"), to="torch"))
+        export.export(Export(weights=str(tmp_path / "none.pth"), to="torch"))
 
 
 def test_the_command_writes_and_says_errors_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out, _, _ = make_run(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fastdino-export", "--run", str(out), "--to", "torch"])
+    monkeypatch.setattr(sys, "argv", ["fastdino-export", str(out), "--to", "torch"])
     export.main()
     assert (out / "backbone.pth").exists()
     assert "M numbers, checked by loading" in capsys.readouterr().out
