@@ -426,6 +426,9 @@ def parallelize(
     blocks = getattr(backbone, "blocks", None) if hasattr(backbone, "attention_impl") else None
     if blocks is not None:
         backbone.attention_impl = config.attention
+    if device.type == "cuda":
+        # cuDNN plans anew for every number of samples, of which stochastic depth draws another each step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if config.activation_checkpointing:
         if blocks is not None:
             backbone.checkpointing = True

@@ -350,10 +350,12 @@ def test_a_step_does_not_wait_for_the_gpu():
     with torch.device("cuda"):
         s, t, c = logits(4, 2, 3, 1000)
     s.requires_grad_()
-    for mode in ("default", "error"):  # the first round compiles
-        torch.cuda.set_sync_debug_mode(mode)
-        dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04).backward()
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for mode in ("default", "error"):  # the first round compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            dino_loss(s, t, c, student_temp=0.1, teacher_temp=0.04).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

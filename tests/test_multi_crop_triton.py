@@ -276,8 +276,10 @@ def test_batches_of_any_sizes_neither_wait_nor_compile_again():
         torch.cuda.synchronize()
         multi_crop(images, parameters, out)  # the first compiles, and may wait
         torch.cuda.set_sync_debug_mode("error")
-        multi_crop(images, parameters, out)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            multi_crop(images, parameters, out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         kernels = [kernel for name, kernel in vars(multi_crop_triton).items() if name.endswith("_kernel")]
         compiled.append([len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels])
     assert compiled[1:] == compiled[:1] * 2

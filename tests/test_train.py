@@ -661,3 +661,54 @@ def test_a_run_compiles_at_its_start_and_never_again(
     assert not torch._dynamo.utils.counters["graph_break"]
     off, on = ([m["loss"] for m in read_metrics(tmp_path / mode)] for mode in ("off", "on"))
     assert on == off
+
+
+needs_gpu = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize("precision", [pytest.param(p, marks=needs_gpu) for p in ("fp32", "bf16", "fp16")])
+def test_a_run_on_a_gpu_follows_the_one_on_a_cpu(
+    tmp_path: Path, images: Path, precision: str, scale_one: None
+) -> None:
+    """Compiled, by the Triton kernels; stopped, and gone on with."""
+    flags: dict[str, Any] = {"drop_path_rate": 0.2, "teacher_temp": 0.05, "lr": 0.1}
+    train.train(make_config(images, tmp_path / "cpu", **flags))
+    config = make_config(images, tmp_path / "gpu", device="cuda", compile="on", precision=precision, **flags)
+    run_until(config, 5)
+    train.train(config)
+    cpu, gpu = (torch.tensor([m["loss"] for m in read_metrics(tmp_path / name)]) for name in ("cpu", "gpu"))
+    assert len(gpu) == len(cpu) == 10
+    assert ((gpu - cpu).abs() / cpu).max() < BAND
+
+
+@pytest.mark.parametrize("optimizer", [pytest.param(o, marks=needs_gpu) for o in ("adamw", "sgd", "lars")])
+def test_a_step_on_a_gpu_that_does_not_log_never_waits_for_it(
+    tmp_path: Path, images: Path, optimizer: str
+) -> None:
+    from fastdino.ops import ema_triton
+
+    counts = []
+    for name, batch in (
+        ("first", 8),
+        ("two", 8),
+        ("four", 4),
+    ):  # tables made once are waited for in the first
+        ema_triton._table.cache_clear()
+        config = make_config(
+            images,
+            tmp_path / name,
+            epochs=1,
+            batch_size=batch,
+            log_every=100,
+            save_every=100,
+            optimizer=optimizer,
+            device="cuda",
+            compile="off",
+        )
+        with CountSyncs("cuda") as syncs:
+            train.train(config)
+        counts.append(syncs.count)
+    assert counts[1] == counts[2]
