@@ -32,7 +32,9 @@ def make(n: int, dim: int, classes: int, generator: torch.Generator) -> tuple[to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", type=int, default=100_000)
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=384)
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="after a first one, which counts too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    import sklearn  # which the test extra brings
+    import sklearn  # which the test and bench extras bring
     from sklearn.neighbors import KNeighborsClassifier
 
     generator = torch.Generator().manual_seed(0)

@@ -164,7 +164,8 @@ def start(job: Row, where: Path) -> Row:
     (where / "row.json").unlink(missing_ok=True)
     command = [sys.executable]
     if job["parallel"] != "auto":
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['ranks']}"]
+        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        command += [f"--nproc-per-node={job['ranks']}"]
     threads = max(1, (os.cpu_count() or 1) // job["ranks"])
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([*command, "-m", "benchmarks.parallel", "--job", str(path)], env=env, check=True)

@@ -33,10 +33,11 @@ lightly on timm's ViT for the global crops alone, since timm resizes position em
 images/s     median of the rounds, least and most; in a round every variant has a turn, in a new order. Ratios
              are medians of the rounds' own. On a CPU with the default allocator, as fastdino-train has it
 peak MB      what an update holds at its highest: tensors of student and teacher and the optimiser's state,
-             counted, and what comes on top within the update, measured (on a CPU: resident memory, after
-             the allocator gave back what it kept). The images are left out. MB an image: less that of half
-             as many images, divided; nothing is extrapolated. Largest batch: on a GPU, with --largest-batch
-use          model FLOPs (whole networks and heads, 3 forwards for the student and 1 for the teacher,
+             counted, and what comes on top within the update, measured (on a CPU: resident memory, in a
+             process of the problem's own, after the allocator gave back what it kept). The images are left
+             out. MB an image: less that of half as many images, divided; nothing is extrapolated. Largest
+             batch: on a GPU, with --largest-batch
+MFU          model FLOPs (whole networks and heads, 3 forwards for the student and 1 for the teacher,
              whatever a variant leaves out) a second, by those of the best matrix product of the run in that
              precision
 share        time between the ends of the parts; on a CPU of the rounds themselves, on a GPU of updates of
@@ -50,6 +51,7 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
 import random
 import statistics
 import sys
@@ -57,6 +59,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -88,9 +91,7 @@ TITLE = "Whole updates and patch size"
 MAIN = ("official", "official, compiled", "official, bfloat16", "lightly", "fastdino")
 TAKEN = (*MEANS, "all of these")
 PUBLISHED = ([224, 96], 8, 65536)
-SLOW = (
-    10.0  # seconds of an update from which on memory is measured in a round, and not in an update of its own
-)
+NOISE = 5  # per cent by which rounds of one variant differ
 FED = 3.0  # seconds of a round with a loader
 
 
@@ -137,41 +138,28 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 def bench(problem: Problem, asked: Row, device: torch.device, rates: Row, until: float, args: Any) -> Row:
     """All of a problem; rounds, of which two are due, as long as there is time."""
     conditions, began = Conditions(), time.monotonic()
+    apart = memory_apart(problem, asked["compiled"]) if device.type == "cpu" else {}
     torch.manual_seed(0)
     its, crops = Shared(problem, device), problem.crops(problem.images, device)
     variants = variants_of(problem, its, asked["compiled"], asked["means"])
     checked = check(variants, crops)
-    gpu, slow = device.type == "cuda", checked["official"]["seconds"] > SLOW
-    peaks: dict[str, int] = {}
-    halves: dict[str, int] = {}
+    gpu = device.type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in variants}
     parts = {name: Parts(device) for name in variants}
     on_end = dict.fromkeys(variants, 1)
 
-    def peak(variant: Any, images: list[Tensor], into: list[float], mark: Mark = nothing) -> int:
-        return peak_bytes(lambda: into.append(run(variant, images, 1, mark)), device, warm=False)
-
     for name, variant in variants.items():
-        static = variant.compiled and isinstance(variant, Official)  # compiled anew for each batch
         if variant.compiled or gpu:
             run(variant, crops)  # the check ran without stochastic depth
-        if not slow:
-            seconds: list[float] = []
-            peaks[name] = peak(variant, crops, seconds)
-            if gpu:
-                on_end[name] = max(1, min(20, round(0.5 / seconds[0])))
-            if name in MAIN and not static and problem.images > 1:
-                halves[name] = peak(variant, [x[: problem.images // 2] for x in crops], seconds)
+        if gpu:
+            on_end[name] = max(1, min(20, round(0.5 / run(variant, crops))))
+    peaks = memory_of(variants, crops) if gpu else apart
     print(f"{problem.name}: checked and warm after {time.monotonic() - began:.0f} s", flush=True)
     for done in range(args.rounds):
         started = time.monotonic()
         # in another order each time: who comes after whom costs, or saves, some per cent
         for name, variant in random.Random(done).sample([*variants.items()], len(variants)):
-            mark = nothing if gpu else parts[name]
-            if slow and done == 0:
-                peaks[name] = peak(variant, crops, times[name], mark)
-            else:
-                times[name].append(run(variant, crops, on_end[name], mark))
+            times[name].append(run(variant, crops, on_end[name], nothing if gpu else parts[name]))
         now = time.monotonic()
         if done >= 1 and now + (now - started) > until:
             break
@@ -182,15 +170,10 @@ def bench(problem: Problem, asked: Row, device: torch.device, rates: Row, until:
         count = 5 if gpu else len(times[name])
         dtype = str(variant.dtype).removeprefix("torch.")
         rate = model_flops(problem) * problem.images / statistics.median(times[name])
-        held = its.held(variant.optimizer)
-        row: Row = {"variant": name, "precision": dtype, "held_MB": held / 1e6, "off": checked[name]}
+        row: Row = {"variant": name, "precision": dtype, "off": checked[name], **peaks.get(name, {})}
         row |= {"images_per_s": spread([problem.images / t for t in times[name]])}
         row |= {"times_official": ratio(times, "official", name)}
         row |= {"times_fastdino": ratio(times, name, "fastdino"), "use": rate / rates[dtype]}
-        row |= {"peak_MB": (held + peaks[name]) / 1e6 if peaks[name] >= 0 else None}
-        if halves.get(name, math.inf) < peaks[name]:
-            more = problem.images - problem.images // 2
-            row["MB_an_image"] = (peaks[name] - halves[name]) / more / 1e6
         if asked["largest"] and name in MAIN and not (variant.compiled and isinstance(variant, Official)):
             row["largest_batch"] = largest(fits(variant, problem, device), problem.images)
         rows.append(row | {"parts": {part: s / count for part, s in parts[name].seconds.items()}})
@@ -199,6 +182,44 @@ def bench(problem: Problem, asked: Row, device: torch.device, rates: Row, until:
     if asked["loader"]:
         found["loader"] = bench_loader(problem, variants, device, args.workers, 3)
     return found | {"seconds": time.monotonic() - began, "conditions": conditions.describe()}
+
+
+def memory_of(variants: dict[str, Any], crops: list[Tensor]) -> dict[str, Row]:
+    """Of the main variants: what an update holds at its highest, and how much of it goes with an image."""
+    found: dict[str, Row] = {}
+    for name, variant in variants.items():
+        if name not in MAIN:
+            continue
+        if variant.compiled:
+            run(variant, crops)
+        images, held = len(crops[0]), variant.its.held(variant.optimizer)
+        static = variant.compiled and isinstance(variant, Official)  # compiled anew for each batch
+
+        def peak(count: int, variant: Any = variant) -> int:
+            some = [x[:count] for x in crops]
+            return peak_bytes(lambda: run(variant, some), crops[0].device, warm=False)
+
+        half = math.inf if static or images == 1 else peak(images // 2)
+        whole = peak(images)
+        found[name] = {"held_MB": held / 1e6, "peak_MB": (held + whole) / 1e6 if whole >= 0 else None}
+        if half < whole:
+            found[name]["MB_an_image"] = (whole - half) / (images - images // 2) / 1e6
+    return found
+
+
+def memory(problem: Problem, compiled: bool) -> dict[str, Row]:
+    """`memory_of` a problem on the CPU."""
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    its = Shared(problem, device)
+    its.make_state()
+    return memory_of(variants_of(problem, its, compiled, means=False), problem.crops(problem.images, device))
+
+
+def memory_apart(problem: Problem, compiled: bool) -> dict[str, Row]:
+    """`memory` in a process of its own: what is resident depends on what the allocator has been through."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory, problem, compiled).result()
 
 
 def largest(fits: Callable[[int], bool], images: int, most: int = 8192) -> int:
@@ -341,7 +362,7 @@ def table(rows: list[Row]) -> str:
             cells = [v["variant"], v["precision"], between(v["images_per_s"]), f"{v['times_official']:.2f}"]
             cells += [f"{v['use']:.0%}", *("-" if x is None else f"{x:.0f}" for x in optional)]
             lines.append([*cells, f"{v['off']['gradients']:.0e}"])
-        heads = ["variant", "precision", "images/s", "times official", "use", "peak MB", "MB an image"]
+        heads = ["variant", "precision", "images/s", "times official", "MFU", "peak MB", "MB an image"]
         out += block(title, [*heads, "largest batch", "gradients off"], lines)
         rounds = its["official"]["images_per_s"]["rounds"]
         out += ["", f"{rounds} rounds; {others:.0%} of the cores were at other work; {when}"]
@@ -390,7 +411,9 @@ def plot(rows: list[Row], about: Row, out: Path) -> None:
         figure.savefig(out / name, dpi=120)
         plt.close(figure)
 
-    def against_patch(title: str, unit: str, value: Callable[[Row], tuple[float, float, float]]) -> Any:
+    def against_patch(
+        title: str, unit: str, value: Callable[[Row], tuple[float, float, float]], log: bool
+    ) -> Any:
         width = [3 if any(key == (a, 0) for key in of) else 4 for a in archs]
         figure, axes = plt.subplots(
             1,
@@ -409,10 +432,8 @@ def plot(rows: list[Row], about: Row, out: Path) -> None:
                 points = [value(of[arch, p][name]) for p in shown]
                 middle = [m for m, _, _ in points]
                 error = [[m - low for m, low, _ in points], [high - m for m, _, high in points]]
-                # side by side, so that the spreads do not hide one another
-                at = [p * 1.015 ** (i - 2) if p else i for p in shown]
+                at = [p or i for p in shown]
                 axis.errorbar(at, middle, error, marker="o", capsize=3, color=look[name], label=name)
-            axis.set_yscale("log")
             axis.set_title(arch)
             images = [f"{p or ''}\n({by[arch, p]['problem']['images']})".strip() for p in patches]
             if patches == [0]:
@@ -423,9 +444,13 @@ def plot(rows: list[Row], about: Row, out: Path) -> None:
                 axis.set_xticks(patches, images)
                 axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             axis.set_xlabel("patch size (images an update)" if patches != [0] else "(images an update)")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            if log:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+                axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            else:
+                axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel(unit)
         figure.suptitle(title + note)
@@ -438,10 +463,12 @@ def plot(rows: list[Row], about: Row, out: Path) -> None:
         return v["images_per_s"]["median"], v["images_per_s"]["low"], v["images_per_s"]["high"]
 
     def peak(v: Row) -> tuple[float, float, float]:
-        return ((v["peak_MB"] or 0) / 1e3,) * 3
+        return ((v.get("peak_MB") or 0) / 1e3,) * 3
 
-    save(against_patch("Whole DINO updates (median, least and most)", "images/s", rate), "throughput.png")
-    save(against_patch("Peak memory of an update", "GB", peak), "memory.png")
+    save(
+        against_patch("Whole DINO updates (median, least and most)", "images/s", rate, True), "throughput.png"
+    )
+    save(against_patch("Peak memory of an update of the images in brackets", "GB", peak, False), "memory.png")
 
     figure, axes = plt.subplots(
         1, len(archs), figsize=(4.2 * len(archs) + 2, 4.8), squeeze=False, sharey=True, layout="constrained"
@@ -476,18 +503,25 @@ def plot(rows: list[Row], about: Row, out: Path) -> None:
     for axis in axes.flat[len(studied) :]:
         axis.axis("off")
     for i, (axis, key) in enumerate(zip(axes.flat, studied, strict=False)):
-        slower = [100 * (of[key][n]["times_fastdino"] - 1) if n in of[key] else 0.0 for n in TAKEN]
-        drawn = axis.barh(
-            range(len(TAKEN)), slower, color=["tab:orange" if x > 0 else "tab:grey" for x in slower]
-        )
-        labels = [f"{x:+.0f} %" if n in of[key] else "none here" for n, x in zip(TAKEN, slower, strict=True)]
-        axis.bar_label(drawn, labels, padding=2, fontsize="x-small")
+        slower = [round(100 * (of[key][n]["times_fastdino"] - 1)) if n in of[key] else 0 for n in TAKEN]
         means = [label(n, by[key]) for n in TAKEN]
+        colours = [
+            "tab:blue" if "added" in mean else "tab:orange" if x > NOISE else "tab:grey"
+            for mean, x in zip(means, slower, strict=True)
+        ]
+        drawn = axis.barh(range(len(TAKEN)), slower, color=colours)
+        # compile is left out where it is not asked for, the others where the device has no use for them
+        absent = {n: "not measured" if n == "compile" else "the same here" for n in TAKEN if n not in of[key]}
+        labels = [absent.get(n, f"{x:+d} %") for n, x in zip(TAKEN, slower, strict=True)]
+        axis.bar_label(drawn, labels, padding=2, fontsize="small")
         axis.set_yticks(range(len(TAKEN)), means if i % columns == 0 else [""] * len(TAKEN))
         axis.margins(x=0.25)
         axis.invert_yaxis()
         axis.set_title(name_of(by[key]), fontsize="medium")
-    figure.suptitle(f"Time of a fastdino update without one of its means, more than with it{note}")
+    figure.suptitle(
+        "Extra time of an update with one of fastdino's means taken away (blue: one added; grey: within "
+        f"{NOISE} %, as rounds differ){note}"
+    )
     save(figure, "means.png")
 
 
@@ -548,6 +582,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--out-dim", type=int, default=65536)
     parser.add_argument("--quick", action="store_true", help="reduced sizes, 10 minutes on two cores")
+    parser.add_argument("--memory-only", action="store_true", help="memory anew, of what results.json has")
     parser.add_argument("--plot-only", action="store_true", help="table and plots anew, of results.json")
     if "--quick" in sys.argv:
         parser.set_defaults(archs=["vit_tiny", "vit_small", "resnet50"], global_size=112, local_size=48)
@@ -564,7 +599,18 @@ def main() -> None:
     before = json.loads(stored.read_text()) if stored.exists() else {"about": {}, "rows": []}
     rows: list[Row] = before["rows"]
     about: Row = before["about"]
-    if not args.plot_only:
+    if args.memory_only:
+        for row in rows:
+            found = memory_apart(Problem(**row["problem"]), row["asked"]["compiled"])
+            for v in row["variants"]:
+                v |= {"MB_an_image": None, "peak_MB": None, "held_MB": None} | found.get(v["variant"], {})
+            row["memory_stamp"] = stamp_of(device) | {"date": machine(device)["date"]}
+            write(title(rows), rows, about, table(rows), out)
+            print(
+                f"{name_of(row)}: {[round(v['peak_MB']) for v in row['variants'] if v['peak_MB']]} MB",
+                flush=True,
+            )
+    elif not args.plot_only:
         stamp, conditions, began = stamp_of(device), Conditions(), time.monotonic()
         clock = Clock(device)
         dtypes = ("float32", "bfloat16", "float16") if gpu else ("float32", "bfloat16")
@@ -587,14 +633,14 @@ def main() -> None:
                 skipped.append(problem.name)
                 continue
             until = time.monotonic() + left / (len(problems) - i)
-            row = bench(problem, asked, device, rates, until, args)
+            # Blocks of all variants count together; past the limit they would run as they are, uncompiled.
+            with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+                row = bench(problem, asked, device, rates, until, args)
             stamp_ = stamp | {"date": machine(device)["date"]}
             row |= {"asked": asked, "stamp": stamp_, "matmul_GFLOP_s": {n: r / 1e9 for n, r in rates.items()}}
             rows = [r for r in rows if r["problem"] != same["problem"]] + [json.loads(json.dumps(row))]
             rows.sort(key=lambda r: (*position(r["problem"]["arch"]), -r["problem"]["patch"]))
             about = machine(device) | stamp | conditions.describe()
-            words = iter(about.pop("command").split())  # where it was written is no one's business
-            about["command"] = " ".join(w for w in words if w != "--out" or not next(words))
             about["matmul_GFLOP_s"] = {n: round(r / 1e9) for n, r in rates.items()}
             write(title(rows), rows, about, table(rows), out)
             spent = (time.monotonic() - began) / 60

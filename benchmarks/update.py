@@ -150,6 +150,15 @@ class Shared:
                     value.zero_()
         self.drop_gradients()
 
+    def make_state(self) -> None:
+        """The optimisers', which else comes with the first update."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+        self.reset()
+
     def drop_gradients(self) -> None:
         self.dino.student.zero_grad(set_to_none=True)
 
@@ -528,22 +537,25 @@ def observe(variant: Any, crops: list[Tensor]) -> dict[str, Any]:
     """Of one update from the start, without stochastic depth: loss, gradients, the centre's movement; and how
     far clipping, optimiser and teacher are from what their formulas make of these."""
     its: Shared = variant.its
-    its.reset()
     its.clip = 0.01  # so that all are clipped
     students, teachers = (dict(x.named_parameters()) for x in (its.dino.student, its.dino.teacher))
     names = [n for n, p in students.items() if n.endswith(CHECKED) and p.requires_grad]
-    before = {n: (students[n].detach().clone(), teachers[n].double()) for n in names}
-    center, seen = its.dino.loss.center.clone(), {}
+    seen: dict[str, dict[str, Tensor]] = {}
 
     def mark(part: str) -> None:
         if part in ("backward", "clip"):
             seen[part] = {n: students[n].grad.clone() for n in names}  # type: ignore[union-attr]
 
-    scale = variant.scaler.get_scale()
     variant.still(True)
-    began = time.perf_counter()
-    loss = float(variant(crops, mark).detach())
-    seconds = time.perf_counter() - began
+    while True:
+        its.reset()
+        before = {n: (students[n].detach().clone(), teachers[n].double()) for n in names}
+        center, scale = its.dino.loss.center.clone(), variant.scaler.get_scale()
+        began = time.perf_counter()
+        loss = float(variant(crops, mark).detach())
+        seconds = time.perf_counter() - began
+        if variant.scaler.get_scale() >= scale or scale < 1:
+            break  # else fp16's gradients overflowed: as in training, the first updates find their scale
     variant.still(False)
     its.clip = its.config.optim.clip_grad
     gradients = {n: g / scale for n, g in seen["backward"].items()}
@@ -589,9 +601,9 @@ def check(variants: dict[str, Any], crops: list[Tensor]) -> dict[str, Row]:
         if len(seen) not in exact:
             exact[len(seen)] = observe(Official(its, torch.float32), seen)
             plain[len(seen), torch.float32] = exact[len(seen)]
-        if key not in plain:
-            plain[key] = observe(Official(its, variant.dtype), seen)
         same = type(variant) is Official and not variant.compiled
+        if key not in plain:
+            plain[key] = observe(variant if same else Official(its, variant.dtype), seen)
         found = plain[key] if same else observe(variant, seen)
         off, rough = (errors(x, exact[len(seen)]) for x in (found, plain[key]))
         limits = {n: REST + 2 * error if error < PLAIN else 0.0 for n, error in rough.items()}

@@ -6,11 +6,17 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
+from benchmarks import gpu, ops
+from benchmarks.measure import Clock
 from fastdino.data.samples import render_samples
 
 ROOT = Path(__file__).parent.parent
@@ -25,10 +31,12 @@ def test_rehearsal_runs_every_part_and_writes_its_results(tmp_path: Path) -> Non
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [part["part"] for part in summary] == ["tests", "loss", "ema", "step", "data", "patch_size"]
-    assert [part["status"] for part in summary[:-2]] == ["ok"] * 4
-    assert summary[-2]["status"] == "left out: not installed: PIL, torchvision"
-    assert summary[-1]["status"] == "left out: not installed: PIL, torchvision, rich, safetensors, tyro"
+    trainer = "left out: not installed: PIL, torchvision, rich, safetensors, tyro"
+    assert {part["part"]: part["status"] for part in summary} == {
+        **dict.fromkeys(("tests", "loss", "ema", "step"), "ok"),
+        **dict.fromkeys(("patch_size", "profile"), trainer),
+        **dict.fromkeys(("data", "parallel"), f"{trainer}, tensorboard, matplotlib"),
+    }
     for part in ("loss", "ema"):
         result = json.loads((tmp_path / "out" / part / "results.json").read_text())
         assert {"fastdino", "copy of the ideal bytes"} <= {row["variant"] for row in result["rows"]}
@@ -38,6 +46,38 @@ def test_rehearsal_runs_every_part_and_writes_its_results(tmp_path: Path) -> Non
     assert {"official", "fastdino, packed, sdpa"} <= {row["variant"] for row in rows}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(0 < row["utilisation"] < 1 and row["images_per_s"] > 0 for row in rows)
+
+
+def test_a_part_that_runs_out_of_time_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    started = "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    started += (
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)"
+    )
+    log = tmp_path / "part.log"
+    said = gpu.run([sys.executable, "-c", started], {**os.environ}, log, 60)
+    assert said == "ok"
+    said = gpu.run([sys.executable, "-c", f"{started}\ntime.sleep(60)"], {**os.environ}, log, 1)
+    assert said == "stopped after 1 s, see part.log"
+    state = Path("/proc", log.read_text().strip(), "status")
+    until = time.monotonic() + 10
+    while state.exists() and "Z (zombie)" not in state.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], {**os.environ}, log, 60).startswith(
+        "failed with 3"
+    )
+
+
+def test_official_dinos_loss_is_compiled_anew_for_every_problem(
+    monkeypatch: pytest.MonkeyPatch, dynamo: None
+) -> None:
+    """Past torch's limit of graphs too, where it would run as it is without a word."""
+    counter, compile_, cpu = CompileCounter(), torch.compile, torch.device("cpu")
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
+    args = SimpleNamespace(compile=True, seconds=0, rounds=1)
+    for images in range(1, 12):
+        ops.bench_loss(images, 8, torch.float32, Clock(cpu), cpu, args)
+    assert counter.frame_count == 11
 
 
 def test_data_times_every_loader_and_writes_its_results(tmp_path: Path) -> None:
