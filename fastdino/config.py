@@ -139,8 +139,8 @@ class DataConfig:
     so many; 0 mixes all, which reads at random places. Folders are always mixed whole."""
     jpeg_scaling: bool = False
     """Decode a JPEG at a half, quarter or eighth of its size where that leaves every crop's box as large as
-    the crop: several times faster for photographs of many megapixels, with slightly other pixels. The cores
-    do; DALI decodes all."""
+    the crop: several times faster for photographs of many megapixels, with slightly other pixels. Not with
+    --loader dali, which decodes at full size."""
     max_unreadable: float = 0.01
     """Unreadable files are skipped and named; the run stops when more than this share of an epoch is
     unreadable."""
@@ -250,7 +250,8 @@ class OptimConfig:
     epochs: int = 100
     """Passes over the images."""
     batch_size: int = 64
-    """Images per update, over all devices. The learning rate scales with it."""
+    """Images per update, over all devices (official DINO's flag counts those of one: its 64 on 8 GPUs are
+    512). The learning rate scales with it."""
     accumulate: int = 1
     """Pieces each batch is run in, one after the other: same mathematics, that much less memory."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"

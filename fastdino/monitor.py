@@ -323,7 +323,7 @@ def plot_curves(out: Path, uniform_loss: float) -> Path:
         if len(names) > 1 and axis.lines:
             axis.legend()
 
-    parts = {"teacher_entropy": "teacher's entropy", "kl": "the student's divergence"}
+    parts = {"teacher_entropy": "teacher's entropy", "kl": "KL(teacher || student)"}
     draw(loss := next(axes), "loss and its parts", loss="loss", **parts)
     loss.axhline(uniform_loss, linestyle=":", color="grey")
     loss.annotate(
@@ -332,12 +332,13 @@ def plot_curves(out: Path, uniform_loss: float) -> Path:
     draw(knn := next(axes), "k-NN accuracy of the teacher (%)", knn_20="k = 20")
     if not knn.lines:
         knn.text(0.5, 0.5, "not evaluated", ha="center", transform=knn.transAxes)
-    elif len(knn.lines[0].get_xdata()) < 3:
+    elif len(knn.lines[0].get_xdata()) < 20:
         knn.lines[0].set_marker("o")
     draw(next(axes), "gradient norm before clipping", grad_norm="norm")
     draw(next(axes), "learning rate", lr="lr")
     draw(next(axes), "teacher momentum", momentum="momentum")
-    draw(next(axes), "images per second", images_per_s="images/s")
+    draw(rate := next(axes), "images per second", images_per_s="images/s")
+    rate.set_ylim(bottom=0)
     path = out / "curves.png"
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
     return path
