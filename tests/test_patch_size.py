@@ -228,6 +228,12 @@ def test_run_writes_results_and_does_not_measure_twice(
     main(monkeypatch, tmp_path, "--plot-only")
     assert plots <= {path.name for path in tmp_path.iterdir()}
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == [row]
+    main(monkeypatch, tmp_path, "--memory-only")
+    (again,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert again.pop("memory_stamp")["commit"] == row["stamp"]["commit"]
+    for v, old in zip(again["variants"], row["variants"], strict=True):
+        assert v["images_per_s"] == old["images_per_s"]
+        assert (v["peak_MB"] or 0) > 0 or v["variant"] not in patch_size.MAIN
 
 
 def test_lightly_is_held_to_official_dino_on_global_crops() -> None:
