@@ -1,7 +1,7 @@
 # make demo   install, render the sample images, train on them (3 minutes on two cores), show the result
 # make test   install and run all tests
 # make check  ruff, format, types
-# make bench  time the operations, an update, loading and k-NN (3 minutes); `.venv/bin/pytest-benchmark compare`
+# make bench  time the operations, an update, loading and k-NN (2 minutes); `.venv/bin/pytest-benchmark compare`
 #             then shows what has changed since the runs before
 # PYTHON=python3.12 make ...   another interpreter for the virtual environment
 
