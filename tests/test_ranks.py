@@ -44,8 +44,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "lars": {"optimizer": "lars", "lr": 20.0},
     "sinkhorn": {"optimizer": "sgd", "lr": 1.0, "centering": "sinkhorn", "clip": "global", "clip_grad": 0.1},
     "batch norm": {"optimizer": "sgd", "lr": 1.0, "use_bn_in_head": True},
-    # A seed with which no ReLU stands so near 0 that rounding decides it: three of five are such.
-    "resnet": {"optimizer": "sgd", "lr": 0.05, "arch": "resnet18", "global_crops_size": 32, "seed": 1},
+    "resnet": {"optimizer": "sgd", "lr": 0.05, "arch": "resnet18", "global_crops_size": 32},
     "fp16": {"optimizer": "sgd", "lr": 1.0, **FP16},
     "bf16": {"optimizer": "sgd", "lr": 1.0, "precision": "bf16"},
     # the backbone of the first of these runs, held still for four updates
@@ -143,8 +142,10 @@ def test_several_ranks_do_what_one_does(
         initial = start_of(make_config(images, tmp_path, **COMMON, **SINGLE[name]))
         found = differences(alone[name], tmp_path / f"{i}", initial)
         print(ranks, name, flags, found)
-        # a gradient summed, not averaged, a rank's own centre, an update left out: 0.1 and more
-        allowed = {"adamw": 1e-2, "fp16": 1e-2, "overflow": 1e-2, "bf16": 0.15}.get(name, 1e-4)
+        # A gradient summed, not averaged, a rank's own centre, an update left out: 0.1 and more. AdamW
+        # enlarges what rounding leaves of gradients that are 0; it decides a ReLU that stands near 0.
+        rough = {"adamw": 1e-2, "resnet": 2e-2, "fp16": 2e-2, "overflow": 2e-2, "bf16": 0.15}
+        allowed = rough.get(name, 1e-4)
         assert max(found.values()) < allowed, (name, flags, found)
         one, several = read_metrics(alone[name]), read_metrics(tmp_path / f"{i}")
         assert [m["step"] for m in several] == list(range(1, STEPS + 1))
