@@ -582,7 +582,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--out-dim", type=int, default=65536)
     parser.add_argument("--quick", action="store_true", help="reduced sizes, 10 minutes on two cores")
-    parser.add_argument("--memory-only", action="store_true", help="memory anew, of what results.json has")
+    parser.add_argument("--memory-only", action="store_true", help="on a CPU: anew, of what results.json has")
     parser.add_argument("--plot-only", action="store_true", help="table and plots anew, of results.json")
     if "--quick" in sys.argv:
         parser.set_defaults(archs=["vit_tiny", "vit_small", "resnet50"], global_size=112, local_size=48)
@@ -599,6 +599,8 @@ def main() -> None:
     before = json.loads(stored.read_text()) if stored.exists() else {"about": {}, "rows": []}
     rows: list[Row] = before["rows"]
     about: Row = before["about"]
+    if args.memory_only and gpu:
+        raise SystemExit("--memory-only is for a CPU: on a GPU memory is measured with the rest")
     if args.memory_only:
         for row in rows:
             found = memory_apart(Problem(**row["problem"]), row["asked"]["compiled"])
