@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu --out DIR [--minutes 8] [--parts tests profile ...] [--rehearse]
 
-Runs from a checkout with torch and triton alone, without a network; a part for which more must be installed
-is left out by name. Bring fastdino/libfastdino_cpu.so with the checkout, or loaders crop by Pillow. Every
-part is a process of its own: its result is written as it ends, a failure or a time-out is noted and the next
-part begins. All parts take some 40 minutes: --parts chooses. `--rehearse` goes through the same without a
-GPU, at tiny sizes, with the Triton kernels in their interpreter and the loss on the CPU.
+Runs from a checkout with torch and triton alone, without a network, and without git if FASTDINO_COMMIT names
+the commit; a part for which more must be installed is left out by name. Bring fastdino/libfastdino_cpu.so
+with the checkout, or loaders crop by Pillow. Every part is a process of its own: its result is written as it
+ends, a failure or a time-out is noted and the next part begins. All parts take some 40 minutes: --parts
+chooses. `--rehearse` goes through the same without a GPU, at tiny sizes, with the Triton kernels in their
+interpreter and the loss on the CPU.
 """
 
 import argparse
