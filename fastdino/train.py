@@ -24,8 +24,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastdino import checkpoint, data, distributed, ops, optim
 from fastdino.config import PRESETS, Config, number, settle, to_dict
-from fastdino.data import crops
-from fastdino.data.sources import Source, Unreadable, open_source
+from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.dino import DINO, build_backbone
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdino.config import CropPolicy
-from fastdino.data import Batch, Loader, Source, Unreadable, readable, room
 from fastdino.data.crops import draw, encode, pixels, render, to_tensor
-from fastdino.data.sources import decode_image, orientation_of
+from fastdino.data.images import Unreadable, decode_image, orientation_of
+from fastdino.data.loader import Batch, Loader, load_or_next, shared_buffer
+from fastdino.data.sources import Source
 from fastdino.ops import multi_crop
 
 MAX_PIXELS = 64_000_000  # of an image that DALI is given; larger ones are Pillow's, which bounds its memory
@@ -31,7 +32,7 @@ _END = b"\xff\xd9"  # of a JPEG
 
 
 @dataclass
-class Piece:
+class EncodedBatch:
     """What a worker sends of B images."""
 
     content: Tensor  # uint8, all files one after the other, or pixels (h, w, 3) of those that Pillow decoded
@@ -48,19 +49,21 @@ class Piece:
         return self.content[self.ends[i - 1] if i else 0 : self.ends[i]]
 
 
-class Encoded(Dataset[Piece | Unreadable]):
+class Encoded(Dataset[EncodedBatch | Unreadable]):
     """Files as they are, with the drawn parameters of their views."""
 
     def __init__(self, source: Source, policy: CropPolicy, seed: int) -> None:
         self.source, self.policy, self.seed = source, policy, seed
 
-    def __getitems__(self, items: list[tuple[int, int]], by_pillow: bool = False) -> Piece | Unreadable:
+    def __getitems__(
+        self, items: list[tuple[int, int]], by_pillow: bool = False
+    ) -> EncodedBatch | Unreadable:
         """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
-        piece = Piece(torch.empty(0), items=items)
+        piece = EncodedBatch(torch.empty(0), items=items)
         contents, parameters = [], []
         for epoch, index in items:
             try:
-                used, (content, size, decoded) = readable(
+                used, (content, size, decoded) = load_or_next(
                     self.source, index, piece.failed, lambda i: self._open(i, by_pillow)
                 )
             except Unreadable as error:
@@ -71,7 +74,7 @@ class Encoded(Dataset[Piece | Unreadable]):
             piece.sizes.append(size[::-1])
             piece.decoded.append(decoded)
             parameters.append(encode(draw(self.policy, self.seed, epoch, index, size)))
-        piece.content = room(piece.ends[-1])
+        piece.content = shared_buffer(piece.ends[-1])
         np.concatenate(contents, out=piece.content.numpy())
         piece.parameters = torch.stack(parameters)
         return piece
@@ -136,7 +139,7 @@ class DaliLoader(Loader):
         """While one piece is trained on, the next one is cropped and the one after is decoded."""
         with closing(self.arriving()) as arriving:
             pipeline: Any = None
-            decoding: Piece | None = None
+            decoding: EncodedBatch | None = None
             made: tuple[Batch, Any] | None = None
             checked = False
             for piece in chain(arriving, (None, None)):
@@ -167,13 +170,13 @@ class DaliLoader(Loader):
                 if before is not None:
                     yield self._give(*before)
 
-    def _by_pillow(self, piece: Piece) -> Piece:
+    def _by_pillow(self, piece: EncodedBatch) -> EncodedBatch:
         loaded = self._loader.dataset.__getitems__(piece.items, by_pillow=True)  # type: ignore[attr-defined]
         if isinstance(loaded, Unreadable):
             raise loaded
         return loaded
 
-    def _check(self, piece: Piece, views: list[Tensor]) -> None:
+    def _check(self, piece: EncodedBatch, views: list[Tensor]) -> None:
         """Compare the first image's views with Pillow's: there are many drivers, decoders and compilers."""
         dataset: Any = self._loader.dataset
         height, width = piece.sizes[0]
@@ -198,7 +201,7 @@ class DaliLoader(Loader):
                 views.record_stream(here)
         return batch
 
-    def _crop(self, piece: Piece, decoded: list[Tensor]) -> Batch:
+    def _crop(self, piece: EncodedBatch, decoded: list[Tensor]) -> Batch:
         rest, images, by_pillow = iter(decoded), [], 0
         for i, (height, width) in enumerate(piece.sizes):
             shape, its = (height, width, 3), piece.of(i)
