@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdino.config import CropPolicy
-from fastdino.data.crops import draw, encode, pixels, render, to_tensor
+from fastdino.data.crops import View, draw, encode, fits_row, pixels, render, to_tensor
 from fastdino.data.images import Unreadable, decode_image, orientation_of
 from fastdino.data.loader import Batch, Loader, load_or_next, shared_buffer
 from fastdino.data.sources import Source
@@ -43,6 +44,8 @@ class EncodedBatch:
     indices: list[int] = field(default_factory=list)  # the images used
     failed: list[tuple[str, str]] = field(default_factory=list)  # path and reason of unreadable files
     items: list[tuple[int, int]] = field(default_factory=list)  # (epoch, index) asked for
+    # (image, view, pixels uint8 (3, size, size)) of the views that no kernel can make
+    rendered: list[tuple[int, int, Tensor]] = field(default_factory=list)
 
     def of(self, i: int) -> Tensor:
         """The content of image i."""
@@ -61,10 +64,10 @@ class Encoded(Dataset[EncodedBatch | Unreadable]):
         """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
         piece = EncodedBatch(torch.empty(0), items=items)
         contents, parameters = [], []
-        for epoch, index in items:
+        for place, item in enumerate(items):
             try:
-                used, (content, size, decoded) = load_or_next(
-                    self.source, index, piece.failed, lambda i: self._open(i, by_pillow)
+                used, (content, size, decoded, views) = load_or_next(
+                    self.source, item[1], piece.failed, partial(self._open, item, by_pillow)
                 )
             except Unreadable as error:
                 return error
@@ -73,19 +76,35 @@ class Encoded(Dataset[EncodedBatch | Unreadable]):
             piece.ends.append(len(content) + (piece.ends[-1] if piece.ends else 0))
             piece.sizes.append(size[::-1])
             piece.decoded.append(decoded)
-            parameters.append(encode(draw(self.policy, self.seed, epoch, index, size)))
+            parameters.append(encode(views))
+            for v, view in enumerate(views):
+                if not fits_row(view):  # so the image is decoded
+                    piece.rendered.append((place, v, to_tensor(render(_image(content, size), view))))
         piece.content = shared_buffer(piece.ends[-1])
         np.concatenate(contents, out=piece.content.numpy())
         piece.parameters = torch.stack(parameters)
         return piece
 
-    def _open(self, index: int, by_pillow: bool) -> tuple[np.ndarray, tuple[int, int], bool]:
-        """Content, (width, height) and whether it is decoded, of an image; raises Unreadable."""
+    def _open(
+        self, item: tuple[int, int], by_pillow: bool, index: int
+    ) -> tuple[np.ndarray, tuple[int, int], bool, list[View]]:
+        """Content, (width, height), whether it is decoded, and the views drawn for `item`.
+
+        An image of which Pillow makes a view is decoded by Pillow. Raises Unreadable.
+        """
         content = self.source.read(index)
         if not by_pillow and (size := jpeg_size(content)):
-            return np.frombuffer(content, dtype=np.uint8), size, False
+            views = draw(self.policy, self.seed, *item, size)
+            if all(map(fits_row, views)):
+                return np.frombuffer(content, dtype=np.uint8), size, False, views
         image = decode_image(content, self.source.path(index))
-        return np.asarray(image).reshape(-1), image.size, True
+        views = draw(self.policy, self.seed, *item, image.size)
+        return np.asarray(image).reshape(-1), image.size, True, views
+
+
+def _image(content: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The image of decoded pixels; `size` is (width, height)."""
+    return Image.fromarray(content.reshape(size[1], size[0], 3))
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -179,14 +198,12 @@ class DaliLoader(Loader):
     def _check(self, piece: EncodedBatch, views: list[Tensor]) -> None:
         """Compare the first image's views with Pillow's: there are many drivers, decoders and compilers."""
         dataset: Any = self._loader.dataset
-        height, width = piece.sizes[0]
-        image = decode_image(piece.of(0).numpy().tobytes(), "") if not piece.decoded[0] else None
-        if image is None:
-            image = Image.fromarray(piece.of(0).reshape(height, width, 3).numpy())
+        content, (height, width) = piece.of(0).numpy(), piece.sizes[0]
+        image = _image(content, (width, height)) if piece.decoded[0] else decode_image(content.tobytes(), "")
         drawn = draw(dataset.policy, dataset.seed, *piece.items[0], image.size)
-        for view, its in zip(drawn, views, strict=True):
+        for view, made in zip(drawn, views, strict=True):
             by_pillow = to_tensor(render(image, view)).float()
-            difference = (its[0].cpu().float() - by_pillow).abs().mean().item()
+            difference = (made[0].cpu().float() - by_pillow).abs().mean().item()
             if difference > LARGEST_DIFFERENCE:
                 raise RuntimeError(
                     f"the crops that --loader dali makes on {self.device} differ from Pillow's by "
@@ -204,19 +221,21 @@ class DaliLoader(Loader):
     def _crop(self, piece: EncodedBatch, decoded: list[Tensor]) -> Batch:
         rest, images, by_pillow = iter(decoded), [], 0
         for i, (height, width) in enumerate(piece.sizes):
-            shape, its = (height, width, 3), piece.of(i)
+            shape, content = (height, width, 3), piece.of(i)
             image = None if piece.decoded[i] else next(rest)
             if image is None or tuple(image.shape) != shape:  # or DALI turned what Pillow does not
                 by_pillow += 1
                 if image is not None:
-                    its = pixels(decode_image(its.numpy().tobytes(), "")).reshape(-1)
-                image = its.reshape(shape).to(self.device, non_blocking=True)
+                    content = pixels(decode_image(content.numpy().tobytes(), "")).reshape(-1)
+                image = content.reshape(shape).to(self.device, non_blocking=True)
             images.append(image)
         out = [
             torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
             for size in self.sizes
         ]
         multi_crop(images, piece.parameters, out)
+        for i, v, made in piece.rendered:
+            out[v][i].copy_(made)
         return Batch(
             out,
             torch.tensor(piece.indices),

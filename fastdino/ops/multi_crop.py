@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdino.ops import native
-
-# A view's parameters in their order: top, left, height, width of the box; flip; four pairs of an adjustment
-# (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue) and its factor, as they are applied; grayscale; blur
-# (Pillow's radius, negative for none); solarise.
-FIELDS = 16
+from fastdino.ops.multi_crop_row import AT, FIELDS
 
 POINTER = ctypes.c_void_p
 CPU_ARGUMENTS = (POINTER, POINTER, ctypes.c_int64, POINTER, ctypes.c_int64, POINTER, POINTER, ctypes.c_int)
@@ -45,7 +41,7 @@ def multi_crop(
     Args:
         images: B tensors uint8 (H, W, 3) of RGB, of any sizes, or (H, W, 4) whose last channel is not looked
             at; contiguous, on one device.
-        parameters: float64 (B, V, FIELDS) on the CPU, a row a view; see FIELDS.
+        parameters: float64 (B, V, FIELDS) on the CPU, a row a view; see multi_crop_row.py.
         out: V tensors uint8 (B, 3, size, size), each view with a size of its own; contiguous, on the images'
             device.
         impl: "auto", "cpu" (C++) or "triton" (CUDA GPU).
@@ -79,7 +75,7 @@ def multi_crop(
             )
         if views.device != device or not views.is_contiguous() or not views.numel():
             raise ValueError(f"out[{v}], on {views.device}: give room, contiguous, on {device}")
-    boxes = parameters[..., :4]
+    boxes = parameters[..., AT["box"]]
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.float64)[:, None]
     if not bool(
         ((boxes == boxes.floor()) & (boxes >= 0)).all()
