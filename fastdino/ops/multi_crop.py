@@ -5,32 +5,14 @@ The specification is Pillow itself, as fastdino.data.crops.render uses it: bicub
 each rounding to 8 bits.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastdino.ops import native
+from fastdino.ops.multi_crop_cpu import multi_crop_cpu
 from fastdino.ops.multi_crop_row import AT, FIELDS
-
-POINTER = ctypes.c_void_p
-CPU_ARGUMENTS = (POINTER, POINTER, ctypes.c_int64, POINTER, ctypes.c_int64, POINTER, POINTER, ctypes.c_int)
-
-
-def multi_crop_cpu(images: Sequence[Tensor], parameters: Tensor, out: Sequence[Tensor]) -> None:
-    """`multi_crop` by kernels/multi_crop.cpp, an image a thread."""
-    parameters = parameters.contiguous()
-    native.kernel("multi_crop", CPU_ARGUMENTS)(
-        (POINTER * len(images))(*(image.data_ptr() for image in images)),
-        (ctypes.c_int64 * (3 * len(images)))(*(n for image in images for n in image.shape)),
-        len(images),
-        parameters.data_ptr(),
-        len(out),
-        (POINTER * len(out))(*(views.data_ptr() for views in out)),
-        (ctypes.c_int64 * len(out))(*(views.shape[-1] for views in out)),
-        min(torch.get_num_threads(), len(images)),
-    )
 
 
 def multi_crop(
