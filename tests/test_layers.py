@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
     ("ops", "config", "files"),
     ("distributed",),
-    ("optim",),
+    ("cli", "optim"),
     ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "vit", "monitor"),
+    ("backbones", "weights"),
     ("dino",),
     ("update",),
     ("run",),
