@@ -24,11 +24,11 @@ import tyro
 from fastdino import compare, data, distributed
 from fastdino.compare import Row, Variant
 from fastdino.config import PRESETS, Config, number
-from fastdino.data.images import printable
 from fastdino.data.samples import render_samples
 from fastdino.eval.knn import check_classes
-from fastdino.files import write_atomically
-from fastdino.train import settle_for, stop_signals
+from fastdino.files import printable, write_atomically
+from fastdino.run import stop_signals
+from fastdino.train import settle_for
 
 EPOCHS = 8  # on the sample images, where --epochs does not say
 VAL = 800  # sample images that test k-NN

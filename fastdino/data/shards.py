@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdino.data.images import EXTENSIONS, Unreadable, printable, reason_of
+from fastdino.data.images import EXTENSIONS, Unreadable, reason_of
 from fastdino.data.machine import cores
 from fastdino.data.sources import Source, epoch_order, shard_order
-from fastdino.files import write_atomically
+from fastdino.files import printable, write_atomically
 
 BLOCK = tarfile.BLOCKSIZE
 CLASSES = "classes.txt"  # beside the shards: the name of class 0, 1, ..., a line each; empty if there is none

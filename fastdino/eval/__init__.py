@@ -8,13 +8,13 @@ from typing import Any
 import tyro
 
 from fastdino import distributed
-from fastdino.data.images import printable
 from fastdino.eval.attention import Attention
 from fastdino.eval.features import Features
 from fastdino.eval.knn import KNN
 from fastdino.eval.linear import Linear
 from fastdino.eval.retrieval import Retrieval
 from fastdino.eval.segmentation import Segmentation
+from fastdino.files import printable
 
 __all__ = ["KNN", "Attention", "Features", "Linear", "Retrieval", "Segmentation", "main"]
 

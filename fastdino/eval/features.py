@@ -28,9 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastdino import checkpoint, data, dino, distributed
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
-from fastdino.data.images import Unreadable, printable
-from fastdino.data.sources import Source
-from fastdino.files import write_atomically
+from fastdino.data.sources import Source, Unreadable
+from fastdino.files import printable, write_atomically
 from fastdino.vit import VisionTransformer
 
 HEADER_BYTES = 95_000_000  # of a safetensors file for names; its readers take 100 MB at most
