@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastdino import checkpoint, data, distributed, ops, optim
+from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, number, settle, to_dict
 from fastdino.data import crops
 from fastdino.data.sources import Source, Unreadable, open_source
-from fastdino.dino import DINO, build_backbone
+from fastdino.dino import DINO
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn
 from fastdino.monitor import VITALS, Doctor, Monitor, plot_curves, read_metrics

@@ -27,6 +27,7 @@ from torch import nn
 from fastdino import checkpoint
 from fastdino.config import from_dict, to_dict
 from fastdino.files import write_atomically
+from fastdino.weights import read_weights, vit_names
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -308,7 +309,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def test_an_official_checkpoint_is_read_whole(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save(official(), path, _use_new_zipfile_serialization=zipped)  # torch before 1.6 did not zip
-    weights = checkpoint.read_weights(path)
+    weights = read_weights(path)
     assert weights.kind == "full checkpoint, teacher and student"
     assert_same(weights.student, network(1.0))
     assert_same(weights.teacher, network(2.0))
@@ -320,7 +321,7 @@ def test_an_official_checkpoint_is_read_whole(tmp_path: Path, zipped: bool) -> N
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_a_checkpoint_of_one_network_is_read_as_both(tmp_path: Path, part: str) -> None:
     torch.save({part: network(3.0, "module._orig_mod."), "epoch": 1}, tmp_path / "a.pth")
-    weights = checkpoint.read_weights(tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth")
     assert weights.kind == f"full checkpoint, {part}"
     assert_same(weights.student, network(3.0))
     assert_same(weights.teacher, network(3.0))
@@ -357,7 +358,7 @@ def test_a_network_alone_is_read_by_our_names(tmp_path: Path, kind: str, around:
         save_file(theirs, path)
     else:
         torch.save({around: theirs, "epoch": 3} if around else theirs, path)
-    weights = checkpoint.read_weights(path)
+    weights = read_weights(path)
     assert weights.kind == ("network" if any(name.startswith("head.") for name in ours) else "backbone")
     assert_same(weights.teacher, ours)
     assert_same(weights.student, ours)
@@ -370,7 +371,7 @@ def test_values_of_every_type_arrive_bit_for_bit(tmp_path: Path) -> None:
     torch.save({"teacher": state}, tmp_path / "a.pth")
     save_file(state, tmp_path / "a.safetensors")
     for path in (tmp_path / "a.pth", tmp_path / "a.safetensors"):
-        read = checkpoint.read_weights(path).teacher
+        read = read_weights(path).teacher
         assert read.keys() == state.keys()
         for name, value in state.items():
             assert read[name].dtype == value.dtype
@@ -382,7 +383,7 @@ def test_our_own_files_are_read_with_their_configuration(tmp_path: Path) -> None
     config, module = make_config(tmp_path, tmp_path), nn.Linear(3, 2)
     checkpoint.write_teacher(tmp_path / "teacher.safetensors", module, config, 5)
     for path in (tmp_path, tmp_path / "teacher.safetensors"):
-        weights = checkpoint.read_weights(path)
+        weights = read_weights(path)
         assert weights.config == config
         assert_same(weights.teacher, module.state_dict())
         assert_same(weights.student, module.state_dict())
@@ -408,7 +409,7 @@ def test_our_own_files_are_read_with_their_configuration(tmp_path: Path) -> None
 def test_files_without_tensors_by_name_are_refused(tmp_path: Path, found: Any, has: str) -> None:
     torch.save(found, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="holds no tensors by name, nor under teacher or student") as error:
-        checkpoint.read_weights(tmp_path / "a.pth")
+        read_weights(tmp_path / "a.pth")
     assert str(error.value) == (
         f"{tmp_path / 'a.pth'} holds no tensors by name, nor under teacher or student: it has {has}"
     )
@@ -417,9 +418,9 @@ def test_files_without_tensors_by_name_are_refused(tmp_path: Path, found: Any, h
 def test_files_that_are_not_there_are_refused(tmp_path: Path) -> None:
     for name in ("a.pth", "a.safetensors", "run"):
         with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
-            checkpoint.read_weights(tmp_path / name)
+            read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"teacher\.safetensors does not exist: give a run's folder"):
-        checkpoint.read_weights(tmp_path)
+        read_weights(tmp_path)
 
 
 def weights_file(path: Path, kind: str) -> bytes:
@@ -429,7 +430,7 @@ def weights_file(path: Path, kind: str) -> bytes:
     else:
         torch.save(official(), path, _use_new_zipfile_serialization=kind == "zip")
     whole = path.read_bytes()
-    assert len(checkpoint.read_weights(path).teacher) == 3
+    assert len(read_weights(path).teacher) == 3
     return whole
 
 
@@ -444,7 +445,7 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path, kind: st
     for cut in sorted({*range(0, len(whole), max(1, len(whole) // 150)), *last}):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            checkpoint.read_weights(path)
+            read_weights(path)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -457,7 +458,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, kind: str) -> None:
         damaged[generator.randrange(len(whole))] = generator.randrange(256)
         path.write_bytes(damaged)
         try:
-            checkpoint.read_weights(path)  # where a number or a name changed, nothing tells
+            read_weights(path)  # where a number or a name changed, nothing tells
         except ValueError:
             refused += 1
     assert 50 < refused < 450
@@ -483,9 +484,9 @@ def test_a_safetensors_file_of_garbage_is_refused(tmp_path: Path, garbage: bytes
     with pytest.raises(
         ValueError, match=r"a\.safetensors is not a safetensors file|cannot be read as weights"
     ):
-        checkpoint.read_weights(path)
+        read_weights(path)
     save_file(network(1.0), path)  # and the refusals are not of all files
-    assert_same(checkpoint.read_weights(path).teacher, load_file(path))
+    assert_same(read_weights(path).teacher, load_file(path))
 
 
 class Hostile:
@@ -530,7 +531,7 @@ def test_a_hostile_file_is_refused_and_executes_nothing(
     else:
         torch.save(found, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(ValueError, match=r"weights\.pth cannot be read as weights") as error:
-        checkpoint.read_weights(path)
+        read_weights(path)
     assert not Path("executed").exists()
     # torch's own message goes on with how to run the file all the same
     assert "weights_only" not in str(error.value)
@@ -547,12 +548,12 @@ def test_a_hostile_file_is_refused_and_executes_nothing(
 def test_blocks_in_chunks_are_counted_through() -> None:
     state = {f"blocks.{i // 2}.{i}.norm1.weight": torch.tensor([i]) for i in range(12)}
     state |= {"norm.weight": torch.tensor([99])}
-    renamed = checkpoint.vit_names(state)
+    renamed = vit_names(state)
     assert {name: int(value) for name, value in renamed.items()} == {
         **{f"blocks.{i}.norm1.weight": i for i in range(12)},
         "norm.weight": 99,
     }
-    assert checkpoint.vit_names(renamed) == renamed
+    assert vit_names(renamed) == renamed
 
 
 def test_timms_swiglu_is_ours() -> None:
@@ -562,7 +563,7 @@ def test_timms_swiglu_is_ours() -> None:
         "blocks.0.mlp.fc2.weight": torch.randn(4, 6),
         "blocks.0.mlp.fc2.bias": torch.randn(4),
     }
-    ours = checkpoint.vit_names(state)
+    ours = vit_names(state)
     assert_same(ours, {n.replace("fc1", "w12").replace("fc2", "w3"): t for n, t in state.items()})
     plain = state | {"blocks.0.mlp.fc1.weight": torch.randn(6, 4), "blocks.0.mlp.fc1.bias": torch.randn(6)}
-    assert_same(checkpoint.vit_names(plain), plain)
+    assert_same(vit_names(plain), plain)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from fastdino import checkpoint, vit
+from fastdino.backbones import build_backbone, flags_of, network_of
 from fastdino.config import ModelConfig
-from fastdino.dino import DINO, MultiCrop, build_backbone, fit, flags_of, load_backbone, network_of
+from fastdino.dino import DINO, MultiCrop
 from fastdino.vit import VisionTransformer
+from fastdino.weights import load_backbone, load_backbone_state
 
 NOWHERE = Path("unused")
 
@@ -381,7 +383,7 @@ def test_timms_registers_give_timms_features(tmp_path: Path, changed: dict[str, 
     # timm resizes position embeddings with antialiasing and to a size, as DINOv2 does with registers
     theirs = timm_vit(**changed).double()
     ours = load_quietly(write(tmp_path / "weights.safetensors", theirs.state_dict())).double()
-    fit(ours, theirs.state_dict(), "here")  # in full precision
+    load_backbone_state(ours, theirs.state_dict(), "here")  # in full precision
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         # timm resizes in float32 whatever the type
@@ -447,7 +449,7 @@ def test_torchvisions_classifiers_are_left_out_whatever_they_are_called(name: st
     with torch.device("meta"):
         ours = build_backbone(ModelConfig(arch=f"torchvision:{name}"))
         theirs = models.get_model(name, weights=None)
-    assert fit(ours, theirs.state_dict(), "here") == [
+    assert load_backbone_state(ours, theirs.state_dict(), "here") == [
         f"left out, no part of a backbone: {last}.weight, {last}.bias"
     ]
 
@@ -522,7 +524,7 @@ def test_a_position_embedding_of_another_grid_is_resized(registers: int, old: in
     state = snapshot(source)
     given = dict(state)
     side, into = old // 16, new // 16
-    notes = fit(network, given, "here")
+    notes = load_backbone_state(network, given, "here")
     assert notes == [f"position embedding resized from {side} x {side} to {into} x {into} patches"]
     assert_same(given, state)  # the caller's stays his
     # official DINO: by a factor of the new side and 0.1; DINOv2 with registers: to the size, smoothed
@@ -544,7 +546,7 @@ def test_a_position_embedding_of_another_grid_is_resized(registers: int, old: in
 
 def test_a_position_embedding_is_resized_to_a_network_that_is_not_square() -> None:
     source, network = small_vit(32), small_vit((24, 40))
-    (note,) = fit(network, source.state_dict(), "here")
+    (note,) = load_backbone_state(network, source.state_dict(), "here")
     assert note.endswith("from 4 x 4 to 3 x 5 patches")
     images = torch.randn(2, 3, 24, 40)
     with torch.no_grad():
@@ -555,7 +557,7 @@ def test_halves_and_doubles_become_the_networks_type() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         for size in (32, 24):  # the same grid, and another
             source, network = small_vit().to(dtype), small_vit(size)
-            fit(network, source.state_dict(), "here")
+            load_backbone_state(network, source.state_dict(), "here")
             assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
             assert torch.equal(network.norm.weight, source.norm.weight.float())
             if size == 32:
@@ -569,7 +571,7 @@ def test_all_that_does_not_fit_is_listed_at_once_and_nothing_is_loaded() -> None
     bias, gamma = state.pop("blocks.3.norm1.bias"), state.pop("norm.weight")
     state |= {"blocks.3.norm1.beta": bias, "gamma": gamma, "blocks.0.mlp.fc1.bias": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"^the backbone of a\.pth does not fit:\n") as error:
-        fit(network, state, "a.pth")
+        load_backbone_state(network, state, "a.pth")
     _, *problems, flags = str(error.value).split("\n")
     assert sorted(problems) == [
         "  missing: blocks.3.norm1.bias",
@@ -587,7 +589,7 @@ def test_what_is_missing_is_listed_for_a_file_of_another_grid_too() -> None:
     before, state = snapshot(network), snapshot(source)
     del state["blocks.0.mlp.fc2.weight"], state["norm.bias"]
     with pytest.raises(ValueError, match=r"^the backbone of a\.pth does not fit:\n") as error:
-        fit(network, state, "a.pth")
+        load_backbone_state(network, state, "a.pth")
     assert str(error.value).split("\n")[1:] == ["  missing: blocks.0.mlp.fc2.weight", "  missing: norm.bias"]
     assert_same(network.state_dict(), before)
 
@@ -633,7 +635,7 @@ def test_other_weights_than_a_resnets_are_listed_without_flags() -> None:
     state = snapshot(network)
     state["layer1.0.bn1.scale"] = state.pop("layer1.0.bn1.weight")
     with pytest.raises(ValueError, match=r"missing: layer1\.0\.bn1\.weight\n  unexpected: .*bn1\.scale$"):
-        fit(network, state, "a.pth")
+        load_backbone_state(network, state, "a.pth")
     assert_same(network.state_dict(), before)
 
 

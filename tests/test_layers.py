@@ -13,6 +13,8 @@ LAYERS = (
     ("distributed",),
     ("optim",),
     ("adapter", "checkpoint", "data", "head", "loss", "vit", "monitor"),
+    ("backbones",),
+    ("weights",),
     ("dino",),
     ("compare", "eval", "export"),
     ("train",),
