@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
     ("ops", "config", "files"),
     ("distributed",),
-    ("optim",),
+    ("cli", "optim"),
     ("adapter", "checkpoint", "data", "head", "loss", "vit", "monitor"),
     ("backbones",),
     ("weights",),
