@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdino.config import Config, from_dict, number
-from fastdino.data.sources import printable
+from fastdino.data.images import printable
 from fastdino.diagnostics import Doctor
 from fastdino.files import write_atomically
 from fastdino.monitor import read_metrics

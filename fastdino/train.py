@@ -21,9 +21,8 @@ from PIL import Image
 from fastdino import data, distributed, ops
 from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, number, settle, to_dict
-from fastdino.data import crops
+from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
-from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.diagnostics import DIAGNOSTICS
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdino import checkpoint
 from fastdino.config import CropPolicy
 from fastdino.data import Unreadable, crops, open_source
-from fastdino.data.sources import EXTENSIONS, read_image
+from fastdino.data.images import EXTENSIONS, read_image
 from fastdino.distributed import choose_device
 from fastdino.files import write_atomically
 from fastdino.ops.attention import choose, packing

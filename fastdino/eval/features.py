@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastdino import checkpoint, data, distributed
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
-from fastdino.data.sources import Source, Unreadable, printable
+from fastdino.data.images import Unreadable, printable
+from fastdino.data.sources import Source
 from fastdino.dino import DINO
 from fastdino.files import write_atomically
 from fastdino.vit import VisionTransformer
