@@ -302,8 +302,8 @@ class Counted:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     pytest.importorskip("triton")
     counts: Counter[str] = Counter()
-    for stem in ("dino_loss", "ema", "multi_crop"):
-        module = importlib.import_module(f"fastdino.ops.{stem}_triton")
+    for path in Path(ops.__file__).parent.glob("*_triton.py"):
+        module = importlib.import_module(f"fastdino.ops.{path.stem}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), name, counts))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -1,5 +1,7 @@
 """The operations with kernels of their own or a choice among others'."""
 
+from pathlib import Path
+
 import torch
 
 from fastdino.ops import native
@@ -14,6 +16,7 @@ __all__ = ["Linear", "attention", "describe", "dino_loss", "ema_", "linear", "mu
 
 
 def describe(device: torch.device | str) -> dict[str, str]:
-    """For each operation, what "auto" runs on a device, and in brackets why, or why nothing faster."""
+    """What "auto" runs on a device for each op with a NAME_cpu.py; in brackets with what, or why not faster."""
+    names = sorted(path.name.removesuffix("_cpu.py") for path in Path(__file__).parent.glob("*_cpu.py"))
     impl, why = native.choose(torch.device(device))
-    return dict.fromkeys(("dino_loss", "ema"), f"{impl} ({why})")
+    return dict.fromkeys(names, f"{impl} ({why})")
