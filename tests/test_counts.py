@@ -34,8 +34,7 @@ from fastdino.ops import native
 from fastdino.ops.ema import _ema_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-linear = importlib.import_module("fastdino.ops.linear")  # fastdino.ops.linear is the function
-ONEDNN = linear._ONEDNN
+ONEDNN = native.ONEDNN
 
 
 def expect(found: dict[str, int], recorded: dict[str, int], what: str) -> None:
@@ -187,7 +186,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(
             train.data, "make_loader", lambda *args, **kwargs: Fed(make_loader(*args, **kwargs), calls)
         )
-        patch.setattr(linear, "_ONEDNN", onednn)
+        patch.setattr(native, "ONEDNN", onednn)
         with Waits(calls), calls:
             train.train(config)
     return calls.steps, recorded

@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+from fastdino.ops import native
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +54,7 @@ _linear.register_autograd(_backward, setup_context=_keep)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in).T + bias (out,): (..., out); autograd and autocast as of F.linear."""
     plain = (
-        not _ONEDNN
+        not native.ONEDNN
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32

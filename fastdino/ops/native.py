@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "libfastdino_cpu.so"
+# Whether linear.py multiplies with oneDNN: torch has the operator, and the processor AVX-512.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 @functools.cache
