@@ -122,6 +122,8 @@ def ema_(
 ) -> None:
     """Move the teacher towards the student, in place: t = momentum * t + (1 - momentum) * s.
 
+    `buffers` and `bf16_copy` are for trainers other than fastdino's, which uses neither.
+
     Args:
         teacher: module, or tensors of any floating dtype and layout. Keep it in float32: at a momentum of
             0.996 and above, bfloat16 loses the updates. Of a DTensor the local shard is updated.
