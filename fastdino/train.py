@@ -19,11 +19,11 @@ import tyro
 from PIL import Image
 
 from fastdino import data, distributed, ops
+from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, number, settle, to_dict
 from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
 from fastdino.diagnostics import DIAGNOSTICS
-from fastdino.dino import build_backbone
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn
 from fastdino.health import Health, Row, Window
