@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from counting import loopback_bytes
 from faults import ScaleOne, feed_that_calls
 from tiny import make_config
 from torch.distributed.checkpoint import filesystem
 
-from benchmarks.parallel import loopback_bytes
 from fastdino import checkpoint, data, distributed, train, vit
 from fastdino.data.feed import Feed
 
