@@ -20,9 +20,8 @@ from fastdino import eval as eval_
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
 from fastdino.data import open_source
 from fastdino.dino import DINO
-from fastdino.eval import KNN
-from fastdino.eval.features import raw_pixels, untrained
-from fastdino.eval.knn import evaluate_knn
+from fastdino.eval.common import raw_pixels, untrained
+from fastdino.eval.knn import KnnCommand, evaluate_knn
 from fastdino.weights import load_backbone
 
 CONFIG = Config(
@@ -60,9 +59,9 @@ def refusal(command: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(exit_.value.code)
 
 
-def knn(run: Path, **flags: object) -> KNN:
+def knn(run: Path, **flags: object) -> KnnCommand:
     options = {"weights": str(run), "data": str(run / "images"), "workers": 0, "device": "cpu", "k": (1, 5)}
-    return KNN(**(options | flags))
+    return KnnCommand(**(options | flags))
 
 
 def test_accuracies_are_those_of_the_teacher_and_of_both_baselines(run: Path, capsys):

@@ -17,21 +17,10 @@ from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
 from fastdino.data import crops
 from fastdino.dino import DINO
-from fastdino.eval import attention
-from fastdino.eval.attention import (
-    Attention,
-    attention_maps,
-    fit,
-    keep_mass,
-    load,
-    look,
-    open_film,
-    panels,
-    plot_attention,
-    sheet,
-    tile,
-    write_film,
-)
+from fastdino.eval import attention, maps, video
+from fastdino.eval.attention import AttentionCommand, panels, plot_attention, sheet
+from fastdino.eval.maps import NamedImage, attention_maps, fit_to_patches, keep_mass, load_vit, look
+from fastdino.eval.video import open_film, tile, write_film
 from fastdino.vit import VisionTransformer, vit_nano, vit_small
 from fastdino.weights import load_backbone
 
@@ -58,8 +47,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(run: Path, **flags: Any) -> Attention:
-    return Attention(**({"weights": str(run), "device": "cpu"} | flags))
+def command(run: Path, **flags: Any) -> AttentionCommand:
+    return AttentionCommand(**({"weights": str(run), "device": "cpu"} | flags))
 
 
 # Maps.
@@ -149,7 +138,7 @@ def test_masks_of_many_maps_are_each_their_own():
     ],
 )
 def test_images_keep_their_aspect_and_lose_less_than_a_patch(size, side, patch, resized, box):
-    assert fit(size, side, patch) == (resized, box)
+    assert fit_to_patches(size, side, patch) == (resized, box)
 
 
 @pytest.mark.parametrize("size", [(50, 40), (33, 70)])
@@ -165,10 +154,10 @@ def test_the_network_sees_the_middle_of_the_resized_image(size):
 
 
 def test_weights_come_with_the_side_to_show_images_at(run: Path, tmp_path: Path):
-    network, policy, side = load(str(run), "cpu")
+    network, policy, side = load_vit(str(run), "cpu")
     assert (policy, side) == (CONFIG.data.crops, 32)
     torch.save(network.state_dict(), tmp_path / "other.pth")
-    other, policy, side = load(str(tmp_path / "other.pth"), "cpu")
+    other, policy, side = load_vit(str(tmp_path / "other.pth"), "cpu")
     assert (policy, side) == (CropPolicy(), 480)
     x = torch.randn(1, 3, 24, 24)
     assert torch.equal(attention_maps(other, x), attention_maps(network, x))
@@ -279,7 +268,7 @@ def test_the_trainers_picture_opens_and_needs_no_display(n, patch, tmp_path, mon
 
 def test_the_trainers_picture_shows_images_at_twice_the_training_size(tmp_path, monkeypatch):
     shown, given = [], []
-    monkeypatch.setattr(attention, "attention_maps", lambda n, x: given.append(x) or torch.rand(1, 8, 8, 8))
+    monkeypatch.setattr(maps, "attention_maps", lambda n, x: given.append(x) or torch.rand(1, 8, 8, 8))
     monkeypatch.setattr(attention, "panels", lambda image, *args: shown.append(image) or panels(image, *args))
     images = [photo(33, 20), photo(60, 90)]
     plot_attention(vit_nano(4, img_size=16), images, POLICY, tmp_path / "a.png")
@@ -471,8 +460,8 @@ def test_a_film_is_streamed():
             return photo(16, 16)
 
     with pytest.MonkeyPatch.context() as patch:
-        named = [attention.Named(f"{i}.png", Load(i)) for i in range(3)]
-        patch.setattr(attention, "open_images", lambda paths: list(named))
+        named = [NamedImage(f"{i}.png", Load(i)) for i in range(3)]
+        patch.setattr(video, "open_images", lambda paths: list(named))
         film = open_film("frames.txt")
         for i in range(3):
             assert read == list(range(i))
@@ -506,7 +495,7 @@ def test_a_film_that_stops_in_the_middle_leaves_what_was_there(tmp_path: Path):
 
 
 def test_wide_rows_are_made_smaller(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "MOST", 100)
+    monkeypatch.setattr(video, "MOST", 100)
     panel = np.zeros((30, 40, 3), np.uint8)
     assert tile([[panel, panel]]).shape == (30, 80, 3)
     assert tile([[panel] * 4, [panel] * 4]).shape == (38, 100, 3)  # 160 x 60 times 5 / 8

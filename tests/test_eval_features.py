@@ -15,7 +15,8 @@ from torch import Tensor
 from fastdino import distributed
 from fastdino.data import crops, open_source
 from fastdino.eval import features
-from fastdino.eval.features import Features, collect, extract, extract_shared, share
+from fastdino.eval.common import collect, extract, extract_shared, rank_slice
+from fastdino.eval.features import FeaturesCommand
 from fastdino.weights import load_backbone
 
 POLICY = CONFIG.data.crops
@@ -34,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dump(run: Path, out: str, **flags: Any) -> None:
     options = {"weights": str(run), "data": str(run / "images"), "workers": 0, "device": "cpu"}
-    Features(**(options | {"out": str(run / out)} | flags)).run()
+    FeaturesCommand(**(options | {"out": str(run / out)} | flags)).run()
 
 
 def by_hand(run: Path, folder: str, size: int = 16) -> tuple[list[str], Tensor, Tensor]:
@@ -143,7 +144,7 @@ def test_bad_input_is_refused(run: Path, flags, message, monkeypatch, capsys):
     (run / "broken" / "x.png").write_bytes(b"no image")
     monkeypatch.setattr(features, "HEADER_BYTES", 14 * len("class0/1.png"))
     filled = {key: value.replace("{run}", str(run)) for key, value in flags.items()}
-    said = refusal(lambda: Features(**_options(run) | filled), monkeypatch)
+    said = refusal(lambda: FeaturesCommand(**_options(run) | filled), monkeypatch)
     assert said == "fastdino-eval: " + message.replace("{run}", str(run))
     assert capsys.readouterr().out == ""
 
@@ -196,7 +197,7 @@ def test_shares_are_all_in_order(n, ranks, monkeypatch):
     monkeypatch.setattr(distributed, "ranks", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        found.append(share(n))
+        found.append(rank_slice(n))
     assert [i for its in found for i in its] == list(range(n))
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
