@@ -1,6 +1,5 @@
 """`fastdino-eval NAME`: what a trained teacher's features are worth."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,4 +26,4 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main() -> None:
     """Entry point of `fastdino-eval`."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastdino-eval", description=__doc__)
-    sys.exit(cli.run("fastdino-eval", command.run))
+    cli.run("fastdino-eval", command.run)
