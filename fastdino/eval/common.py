@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastdino import checkpoint, cli, data, distributed
 from fastdino.config import CropPolicy
 from fastdino.data import crops
-from fastdino.data.sources import Source, Unreadable
+from fastdino.data.images import Unreadable
+from fastdino.data.sources import Source
 from fastdino.dino import DINO
 from fastdino.files import write_text
 from fastdino.weights import load_backbone

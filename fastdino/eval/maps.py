@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.config import CropPolicy
-from fastdino.data import Unreadable, crops, open_source
-from fastdino.data.sources import EXTENSIONS, read_image
+from fastdino.data import crops, open_source
+from fastdino.data.images import EXTENSIONS, Unreadable, read_image
 from fastdino.eval.common import trained_policy
-from fastdino.ops.attention import choose, packing
+from fastdino.ops.packed_attention import choose, packing
 from fastdino.vit import VisionTransformer
 from fastdino.weights import load_backbone
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdino.cli import say, track
 from fastdino.config import CropPolicy
-from fastdino.data.sources import reason_of
+from fastdino.data.images import reason_of
 from fastdino.distributed import choose_device
 from fastdino.eval.common import Evaluation, print_table, untrained, write_json
 from fastdino.eval.maps import MASS, NamedImage, fit_to_patches, keep_mass, load_vit, look, open_images
