@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_runs import CONFIG, make_run, refusal
 from PIL import Image
 from sklearn.metrics import average_precision_score
-from test_eval import CONFIG, make_run, refusal
 from torch import Tensor
 
 from fastdino.config import CropPolicy
