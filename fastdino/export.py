@@ -26,7 +26,7 @@ FILES = {
     "safetensors": "backbone.safetensors",
     "onnx": "backbone.onnx",
 }
-MOST_NUMBERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
+MAX_PARAMETERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) 
 def _onnx(backbone: nn.Module, size: int) -> File:
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'fastdino[onnx]'")
-    if sum(p.numel() for p in backbone.parameters()) > MOST_NUMBERS:
+    if sum(p.numel() for p in backbone.parameters()) > MAX_PARAMETERS:
         raise ValueError("an ONNX file holds 2 GB, and this network has more: use --to safetensors")
 
     def write(path: Path) -> None:

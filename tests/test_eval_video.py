@@ -153,7 +153,7 @@ def test_a_film_that_stops_in_the_middle_leaves_what_was_there(tmp_path: Path):
 
 
 def test_wide_rows_are_made_smaller(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(video, "MOST", 100)
+    monkeypatch.setattr(video, "MAX_WIDTH", 100)
     panel = np.zeros((30, 40, 3), np.uint8)
     assert tile([[panel, panel]]).shape == (30, 80, 3)
     assert tile([[panel] * 4, [panel] * 4]).shape == (38, 100, 3)  # 160 x 60 times 5 / 8

@@ -22,7 +22,7 @@ from fastdino.eval.video import Pixels, import_av, open_film, tile, write_film
 from fastdino.files import write_atomically
 
 HEADS = 6  # shown in a picture unless more are asked for: ViT-S has no more
-CELL, GAP, TEXT = 200, 8, 22  # of a picture, in pixels: a panel's width, what is between two, a letter
+CELL, GAP, TEXT = 200, 8, 22  # of a picture, in pixels: width of a panel, gap between panels, letters
 # The heads' colours in turn, and the mean's.
 COLOURS = ((255, 75, 75), (60, 150, 255), (80, 215, 100), (255, 195, 40), (200, 105, 255), (30, 220, 220))
 MEAN_COLOUR = (255, 130, 20)
@@ -45,7 +45,7 @@ def _heat(attention: NDArray[Any], image: Pixels, over: bool) -> Pixels:
     if not over:
         return colours
     gray = image.mean(axis=2, keepdims=True)
-    # the root: weak attention is to be seen too
+    # square root, so that weak attention shows too
     alpha = 0.3 + 0.6 * np.sqrt(strength[..., None])
     return ((1 - alpha) * gray + alpha * colours).astype(np.uint8)
 
@@ -194,7 +194,7 @@ class AttentionCommand:
     """The image's shorter side in pixels, cut to whole patches; the longer one follows, nothing is distorted.
     Default: twice the size of the crops that the run was trained on, 480 for weights of others."""
     heads: int | None = None
-    """How many heads are shown beside their mean. Default: up to six in a picture, none in a video."""
+    """Heads to show besides their mean. Default: up to six in a picture, none in a video."""
     threshold: float | None = None
     """Show masks of the patches that hold this share of the attention. Default: 0.6 in a picture; in a video,
     or with 0, no masks."""
@@ -203,7 +203,7 @@ class AttentionCommand:
     rows: int = 8
     """Images in the picture at most, evenly spread over those given; --separate writes them all."""
     fps: float = 0.0
-    """Frames a second of the video. Default: as the file that is given, 30 for a folder."""
+    """Frames a second of the video. Default: those of the given file, 30 for a folder."""
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, ..."""
 

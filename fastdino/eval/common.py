@@ -63,12 +63,12 @@ def extract(
 
     Args:
         network: normalised float32 images (B, 3, S, S) to features (B, D); put a module in eval mode first.
-        view: what is made of an image for a size S.
+        view: makes an image of size S x S of an image.
         progress: called after each batch with the number of images done.
         unreadable: gets the paths of the files that could not be read.
 
     Returns:
-        features: (n, D) float32 on the CPU, one array that is filled; (0, 0) where there was no batch.
+        features: (n, D) float32 on the CPU; (0, 0) without a batch.
         kept: (n,) int64, the index of each; shorter than `indices` where files were unreadable.
     """
     chosen = range(len(source)) if indices is None else indices
@@ -104,9 +104,10 @@ def rank_slice(n: int) -> range:
 
 
 def collect(part: Tensor, everywhere: bool = True) -> Tensor:
-    """The rows of all ranks, (n, ...) on the CPU, in the order of ranks: on all of them, or on the first.
+    """The rows of all ranks, (n, ...) on the CPU, in the order of ranks.
 
-    Other ranks then have their own. Nothing is pickled, so no more memory is used than the result takes.
+    Without `everywhere` only rank 0 gets them, and other ranks get `part` back. Nothing is pickled, so this
+    takes no more memory than the result.
     """
     if distributed.ranks() == 1:
         return part
@@ -139,7 +140,7 @@ def extract_shared(
     everywhere: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`extract` by all ranks, each its part; what one process would give, on all of them or on the first."""
+    """`extract` by all ranks, each a part: the result of one process, on all of them or only on rank 0."""
     chosen = range(len(source)) if indices is None else indices
     part = rank_slice(len(chosen))
     with distributed.together():
@@ -148,11 +149,11 @@ def extract_shared(
 
 
 def labels_of(source: Source, kept: Tensor, classes: list[str]) -> Tensor:
-    """Of the images `kept` of a labelled source, the place of each one's class in `classes`: (n,) int64."""
+    """For the images `kept` (n,) of a labelled source, the index of the class in `classes`: (n,) int64."""
     assert source.labels is not None
-    places = {name: i for i, name in enumerate(classes)}
-    names = np.array([places[name] for name in source.classes])
-    return torch.from_numpy(names[source.labels[kept.numpy()]])
+    index = {name: i for i, name in enumerate(classes)}
+    labels = np.array([index[name] for name in source.classes])
+    return torch.from_numpy(labels[source.labels[kept.numpy()]])
 
 
 def check_labels(source: Source, what: str) -> None:
@@ -175,14 +176,14 @@ def check_classes(train: Source, val: Source | None, what: str = "k-NN") -> None
 
 
 def check_readable(n: int, source: Source) -> None:
-    """Raise ValueError on the first rank, for all, if of the images of a source n = 0 could be read."""
+    """Raise ValueError, on rank 0 for all, if no image of a source could be read: n is 0."""
     with distributed.together():
         if n == 0 and distributed.rank() == 0:
             raise ValueError(f"{source.root}: none of its {len(source)} images can be read")
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on a GPU if it takes less than half of what is free there, else as it is: parts are copied then."""
+    """`x` on a GPU if it fits in half of the free memory there; else as it is, to be copied in parts."""
     if device.type != "cuda":
         return x
     free = torch.cuda.mem_get_info(device)[0]
@@ -208,7 +209,7 @@ def untrained(weights: str) -> nn.Module:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The baseline that has learnt nothing: pixels (B, 3, S, S) as features, at most 32 x 32 of them."""
+    """The baseline without learning: pixels (B, 3, S, S) as features, averaged to at most 32 x 32."""
     if images.shape[-1] > 32:
         images = nn.functional.interpolate(images, size=(32, 32), mode="area")
     return images

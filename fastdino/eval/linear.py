@@ -51,7 +51,7 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Heads:
-    """Linear classifiers of the same features, one for each learning rate; each is trained as if alone.
+    """Linear classifiers of the same features, one for each learning rate, trained independently.
 
     All begin equal: weights N(0, 0.01), biases 0.
 
@@ -302,7 +302,7 @@ class LinearCommand(FeatureEvaluation):
     data: str
     """Labelled images to train on: a folder with a sub-folder per class, or a text file of path TAB label."""
     val: str
-    """Labelled images to classify. By them learning rate and epoch are chosen, as official DINO does."""
+    """Labelled images to classify. Learning rate and epoch are chosen on them, as official DINO does."""
     lr: tuple[float, ...] = RATES
     """Learning rates for batches of 256, scaled with --batch-size; each trains a classifier of its own."""
     epochs: int = EPOCHS
@@ -310,8 +310,8 @@ class LinearCommand(FeatureEvaluation):
     batch_size: int = 128
     """Images in an update, over all processes."""
     cached: bool = False
-    """Train on features of the plain images, computed once: seconds, and a little less accurate. Else each
-    epoch sees new random crops and flips, as official DINO's."""
+    """Compute features of the plain images once and train on them: takes seconds, a little less accurate.
+    Default: new random crops and flips in each epoch, as official DINO."""
     n_last_blocks: int = 0
     """ViT only: concatenate the class tokens of the last N blocks. Default, as official DINO: 4, and 1 from
     ViT-B on."""

@@ -1,5 +1,4 @@
-"""Where the network looks: attention of the class token over an image in the last block, as maps and masks
-(paper, figures 1, 3 and 4)."""
+"""Attention of the class token over an image in the last block: maps and masks (paper, figures 1, 3, 4)."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,16 +17,16 @@ from fastdino.ops.packed_attention import choose, packing
 from fastdino.vit import VisionTransformer
 from fastdino.weights import load_backbone
 
-SIDE = 480  # pixels of the shorter side, as official DINO shows networks trained at 224
-MASS = 0.6  # of the attention that a mask keeps, as in the paper
+SIDE = 480  # of an image's shorter side, in pixels, as official DINO shows networks trained at 224
+MASS = 0.6  # share of the attention that a mask keeps, as in the paper
 
 
 @torch.no_grad()
 def attention_maps(network: VisionTransformer, images: Tensor) -> Tensor:
     """CLS attention per head (B, heads, h, w) over the patch grid; CLS and registers have the rest of 1.
 
-    It is row 0 of `get_last_selfattention`, and no other row is computed: of ViT-B/8 at 480 x 640 pixels all
-    would be 1.1 GB an image.
+    Equals row 0 of `get_last_selfattention`. Only that row is computed: all rows would take 1.1 GB an image
+    for ViT-B/8 at 480 x 640 pixels.
 
     Args:
         network: in evaluation mode.
@@ -64,17 +63,17 @@ def keep_mass(maps: Tensor, share: float = MASS) -> Tensor:
 
 
 class Fit(NamedTuple):
-    """How an image is brought to whole patches: resized, then cropped; nothing is distorted."""
+    """How an image is resized and then cropped to whole patches, without distortion."""
 
     size: tuple[int, int]
     """(width, height) after resizing."""
     box: tuple[int, int, int, int]
-    """What is kept of that: left, top, right, bottom."""
+    """The crop of the resized image: left, top, right, bottom."""
 
 
 def fit_to_patches(size: tuple[int, int], side: int, patch: int) -> Fit:
-    """For an image of (width, height): the shorter side to `side`, or the multiple of `patch` below, and of
-    the longer the central patches; raises ValueError if `side` holds no patch."""
+    """Fit an image of (width, height): resize the shorter side to `side`, rounded down to whole patches, and
+    crop the longer one to the central patches. Raises ValueError if `side` holds no patch."""
     if side < patch:
         raise ValueError(
             f"--image-size {side}: the network's patches have {patch} pixels; give {patch} or more"
@@ -101,14 +100,19 @@ def look(
 def maps_of(
     network: VisionTransformer, image: Image.Image, policy: CropPolicy, device: str | torch.device
 ) -> Tensor:
-    """The maps (heads, h, w) of an image as it is, float32 on the CPU."""
+    """The maps (heads, h, w) of an image that holds whole patches, float32 on the CPU."""
     x = crops.normalize(crops.to_tensor(image)[None].to(device), policy)
     return attention_maps(network, x)[0].float().cpu()
 
 
 def load_vit(weights: str, device: str | torch.device) -> tuple[VisionTransformer, CropPolicy, int]:
-    """A ViT, how its images are normalised, and the shorter side to show it images at: twice the size of the
-    crops it was trained on, 480 for weights of others. Raises ValueError if it is no ViT."""
+    """A ViT, how images are normalised for it, and the shorter side of the images to show it.
+
+    That is twice the size of the crops it was trained on, 480 pixels for weights of others.
+
+    Raises:
+        ValueError: weights of another network.
+    """
     policy = trained_policy(weights)
     side = 2 * policy.global_crops_size if policy else SIDE
     network = load_backbone(weights, device)
@@ -121,7 +125,7 @@ def load_vit(weights: str, device: str | torch.device) -> tuple[VisionTransforme
 
 
 class NamedImage(NamedTuple):
-    """An image that is read when it is asked for."""
+    """An image that is read when it is needed."""
 
     name: str
     load: Callable[[], Image.Image]

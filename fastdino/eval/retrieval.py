@@ -134,7 +134,7 @@ class RetrievalCommand(FeatureEvaluation):
     gallery: str = ""
     """Labelled images to search in. Without them, each image of --query is searched among the others."""
     k: tuple[int, ...] = KS
-    """Numbers of first images in which recall looks for a relevant one."""
+    """Recall@k is the share of queries with a relevant image among the first k."""
     copy_detection: bool = False
     """Official DINO's features for copy detection: the class token and pooled patch tokens of the whole image
     made square. Give --image-size 320, as official DINO."""

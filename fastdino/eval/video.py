@@ -1,4 +1,4 @@
-"""Videos read frame by frame, and written: from files by PyAV, or from folders and lists of images."""
+"""Videos, read and written frame by frame: files by PyAV, or the images of a folder or a list."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from fastdino.files import write_atomically
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
-MOST = 1920  # pixels across a video
+MAX_WIDTH = 1920  # of a video, in pixels
 
 
 def import_av() -> Any:
@@ -29,13 +29,13 @@ def import_av() -> Any:
 
 
 class Film(NamedTuple):
-    """Images in order, each made when it is asked for."""
+    """Images in order, each read when it is needed."""
 
     frames: Iterator[Image.Image]
     rate: Fraction
     """Frames a second."""
     length: int | None
-    """How many frames there are; None where the file does not say."""
+    """The number of frames; None where the file does not say."""
 
 
 def open_film(path: str, fps: float = 0.0) -> Film:
@@ -85,24 +85,24 @@ def _decode(container: Any, path: str) -> Iterator[Image.Image]:
             if frame is None:
                 return
             image = frame.to_image()
-            # telephones store what they film upright on its side
+            # telephones store upright films lying on their side
             yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def write_film(frames: Iterable[Pixels], rate: Fraction, path: Path) -> int:
-    """Write frames of one size to the MP4 `path`, as each comes; how many they were.
+    """Write frames of one size, one by one, to the MP4 `path`; returns their number.
 
-    H.264 where PyAV was built with x264, else MPEG-4; no sound. Odd sides grow by a pixel, as both want.
+    H.264 where PyAV was built with x264, else MPEG-4; no sound. Odd sides grow by a pixel: both need even.
 
     Raises ValueError on no frames, or frames of several sizes.
     """
     av = import_av()
     written = 0
 
-    def write(path: Path) -> None:
+    def write(tmp: Path) -> None:
         nonlocal written
         first: tuple[int, ...] = ()
-        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(str(tmp), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             for pixels in frames:
                 if not written:
                     h264 = "libx264" in av.codecs_available
@@ -111,7 +111,7 @@ def write_film(frames: Iterable[Pixels], rate: Fraction, path: Path) -> int:
                     first = pixels.shape
                     stream.height, stream.width = (x + x % 2 for x in first[:2])
                     stream.pix_fmt = "yuv420p"
-                    # What this size is not always played as, unless the file says so: full HD's BT.709.
+                    # BT.709, as full HD: players guess from the size unless the file names a standard
                     colours = stream.codec_context
                     colours.colorspace = colours.color_primaries = colours.color_trc = colours.color_range = 1
                 if pixels.shape != first:
@@ -132,9 +132,9 @@ def write_film(frames: Iterable[Pixels], rate: Fraction, path: Path) -> int:
 
 
 def tile(rows: list[list[Pixels]]) -> Pixels:
-    """Panels of one size side by side and below one another, made smaller where they would be too wide."""
+    """Rows of panels of one size as one picture, scaled down to MAX_WIDTH where it would be wider."""
     picture = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    if picture.shape[1] <= MOST:
+    if picture.shape[1] <= MAX_WIDTH:
         return picture
-    height = round(picture.shape[0] * MOST / picture.shape[1])
-    return np.asarray(Image.fromarray(picture).resize((MOST, height), Image.Resampling.BOX))
+    height = round(picture.shape[0] * MAX_WIDTH / picture.shape[1])
+    return np.asarray(Image.fromarray(picture).resize((MAX_WIDTH, height), Image.Resampling.BOX))
