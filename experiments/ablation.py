@@ -29,7 +29,6 @@ import tyro
 from experiments.judge import Result, Variant, plot, report, result_of
 from fastdino import cli, data
 from fastdino.config import PRESETS, Config, number
-from fastdino.data.sources import open_source
 from fastdino.eval.knn import check_classes
 from fastdino.files import claim, write_text
 from fastdino.train import settle_for
@@ -201,9 +200,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         ValueError, OSError, SystemExit: what cannot work, before anything is written.
         KeyboardInterrupt: told to stop; the runs have saved.
     """
-    source = open_source(args.data)
+    source = data.open_source(args.data)
     if args.val:
-        check_classes(source, open_source(args.val))
+        check_classes(source, data.open_source(args.val))
     variants = plan(args, flags, len(source))
     if args.list:
         cli.say(*(f"{v.group:13}{v.name:26}{v.seeds} seeds  {v.statement:28}{v.flags}" for v in variants))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastdino.config import Config, from_dict, number
+from fastdino.diagnostics import Doctor
 from fastdino.files import printable, write_atomically
-from fastdino.monitor import Doctor, read_metrics
+from fastdino.monitor import read_metrics
 
 SOURCES = {  # of what the paper says, by group of variants
     **{"teacher": "figure 6", "collapse": "figure 7", "multi-crop": "tables 7 and 8", "patch": "figure 5"},
