@@ -30,7 +30,7 @@ TRAINER = (*UPDATES, "tensorboard", "matplotlib")
 TESTED: dict[str, tuple[str, ...]] = {  # and what they import beyond torch and triton
     "dino_loss": (),
     "ema": (),
-    "attention": (),
+    "packed_attention": (),
     "multi_crop_triton": PILLOW,
     "crops": PILLOW,
     "train": TRAINER,

@@ -35,7 +35,7 @@ from fastdino import vit
 from fastdino.config import RunConfig
 from fastdino.distributed import parallelize
 from fastdino.ops import linear
-from fastdino.ops.attention import missing
+from fastdino.ops.packed_attention import missing
 
 DROP_PATH = 0.1
 SIZES = ((2, 224), (8, 96))  # crops an image, pixels

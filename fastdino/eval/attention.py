@@ -27,7 +27,7 @@ from fastdino.data import Unreadable, crops, open_source
 from fastdino.data.images import EXTENSIONS, read_image
 from fastdino.distributed import choose_device
 from fastdino.files import write_atomically
-from fastdino.ops.attention import choose, packing
+from fastdino.ops.packed_attention import choose, packing
 from fastdino.vit import VisionTransformer
 from fastdino.weights import load_backbone
 
