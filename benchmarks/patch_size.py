@@ -85,7 +85,7 @@ from benchmarks.update import (
     variants_of,
 )
 from fastdino import data
-from fastdino.dino import VITS
+from fastdino.backbones import VITS
 
 TITLE = "Whole updates and patch size"
 MAIN = ("official", "official, compiled", "official, bfloat16", "lightly", "fastdino")

@@ -26,8 +26,9 @@ from benchmarks import ops as official_ops
 from benchmarks import step as official_step
 from benchmarks.measure import Row
 from fastdino import optim, vit
+from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
-from fastdino.dino import DINO, MultiCrop, build_backbone
+from fastdino.dino import DINO, MultiCrop
 from fastdino.distributed import parallelize
 from fastdino.head import DINOHead
 from fastdino.ops import packed_attention

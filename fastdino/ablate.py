@@ -24,11 +24,12 @@ import tyro
 from fastdino import compare, data, distributed
 from fastdino.compare import Row, Variant
 from fastdino.config import PRESETS, Config, number
+from fastdino.data.images import printable
 from fastdino.data.samples import render_samples
-from fastdino.data.sources import open_source, printable
 from fastdino.eval.knn import check_classes
 from fastdino.files import write_atomically
-from fastdino.train import settle_for, stop_signals
+from fastdino.run import stop_signals
+from fastdino.train import settle_for
 
 EPOCHS = 8  # on the sample images, where --epochs does not say
 VAL = 800  # sample images that test k-NN
@@ -292,9 +293,9 @@ class Ablation:
             if self.val:
                 raise ValueError(f"--val {self.val} goes with images of your own: give --data too")
             return self.samples, True
-        source = open_source(self.data)
+        source = data.open_source(self.data)
         if self.val:
-            check_classes(source, open_source(self.val))
+            check_classes(source, data.open_source(self.val))
         return len(source), source.labels is not None
 
     def _run_flags(self, flags: Sequence[str]) -> list[str]:

@@ -19,10 +19,11 @@ from fastdino import checkpoint
 from fastdino import eval as eval_
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
 from fastdino.data import open_source
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.eval import KNN
 from fastdino.eval.features import raw_pixels, untrained
 from fastdino.eval.knn import evaluate_knn
+from fastdino.weights import load_backbone
 
 CONFIG = Config(
     data=DataConfig(crops=CropPolicy(global_crops_size=16, local_crops_size=8)),

@@ -16,7 +16,7 @@ from PIL import Image
 from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
 from fastdino.data import crops
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.eval import attention
 from fastdino.eval.attention import (
     Attention,
@@ -33,6 +33,7 @@ from fastdino.eval.attention import (
     write_film,
 )
 from fastdino.vit import VisionTransformer, vit_nano, vit_small
+from fastdino.weights import load_backbone
 
 POLICY = CropPolicy(global_crops_size=16, local_crops_number=0)
 CONFIG = Config(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastdino import distributed
 from fastdino.data import crops, open_source
-from fastdino.dino import load_backbone
 from fastdino.eval import features
 from fastdino.eval.features import Features, collect, extract, extract_shared, share
+from fastdino.weights import load_backbone
 
 POLICY = CONFIG.data.crops
 

@@ -26,9 +26,9 @@ from torchvision.transforms.functional import hflip, resized_crop
 
 from fastdino import distributed
 from fastdino.adapter import torchvision_backbone
+from fastdino.backbones import build_backbone
 from fastdino.config import Config, ModelConfig
 from fastdino.data import crops, epoch_order, open_source
-from fastdino.dino import build_backbone, load_backbone
 from fastdino.eval.linear import (
     EPOCHS,
     RATES,
@@ -41,6 +41,7 @@ from fastdino.eval.linear import (
     train_heads,
     train_view,
 )
+from fastdino.weights import load_backbone
 
 CPU = torch.device("cpu")
 POLICY = CONFIG.data.crops

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
-from fastdino.dino import load_backbone
 from fastdino.eval import retrieval
 from fastdino.eval.features import extract
 from fastdino.eval.retrieval import KS, Retrieval, copy_features, recall, search, square
+from fastdino.weights import load_backbone
 
 
 def at(*similarities: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.eval import attention, segmentation
 from fastdino.eval.segmentation import (
     Segmentation,
@@ -25,6 +25,7 @@ from fastdino.eval.segmentation import (
     read_mask,
 )
 from fastdino.vit import vit_nano
+from fastdino.weights import load_backbone
 
 CONFIG = Config(
     data=DataConfig(crops=CropPolicy(global_crops_size=16, local_crops_size=8)),

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastdino import checkpoint, export
 from fastdino.config import Config
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.export import Export
 from fastdino.vit import VisionTransformer
+from fastdino.weights import load_backbone
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit": {},

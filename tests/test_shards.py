@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import shards
+from fastdino.data import Unreadable, open_source, shards
 from fastdino.data.shards import Shards, expand, index_path, load_index, save_index, scan
-from fastdino.data.sources import Source, Unreadable, epoch_order, open_source
+from fastdino.data.sources import Source, epoch_order
 
 Members = Iterable[tuple[str, bytes]]
 

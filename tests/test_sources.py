@@ -14,16 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import sources
-from fastdino.data.sources import (
-    Files,
-    Source,
-    Unreadable,
-    decode_image,
-    epoch_order,
-    open_source,
-    read_image,
-)
+from fastdino.data import Unreadable, open_source, sources
+from fastdino.data.images import decode_image, read_image
+from fastdino.data.sources import Files, Source, epoch_order
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)

@@ -22,16 +22,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdino.data import cores
-from fastdino.data.sources import (
-    EXTENSIONS,
-    Source,
-    Unreadable,
-    epoch_order,
-    printable,
-    reason_of,
-    shard_order,
-)
+from fastdino.data.images import EXTENSIONS, Unreadable, printable, reason_of
+from fastdino.data.machine import cores
+from fastdino.data.sources import Source, epoch_order, shard_order
 from fastdino.files import write_atomically
 
 BLOCK = tarfile.BLOCKSIZE

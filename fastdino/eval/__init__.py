@@ -8,7 +8,7 @@ from typing import Any
 import tyro
 
 from fastdino import distributed
-from fastdino.data.sources import printable
+from fastdino.data.images import printable
 from fastdino.eval.attention import Attention
 from fastdino.eval.features import Features
 from fastdino.eval.knn import KNN

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastdino import checkpoint, dino
+from fastdino import checkpoint
 from fastdino.config import CropPolicy
 from fastdino.data import Unreadable, crops, open_source
-from fastdino.data.sources import EXTENSIONS, read_image
+from fastdino.data.images import EXTENSIONS, read_image
 from fastdino.distributed import choose_device
 from fastdino.files import write_atomically
 from fastdino.ops.packed_attention import choose, packing
 from fastdino.vit import VisionTransformer
+from fastdino.weights import load_backbone
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
@@ -132,7 +133,7 @@ def load(weights: str, device: str | torch.device) -> tuple[VisionTransformer, C
     if checkpoint.is_ours(weights):
         policy = checkpoint.read_teacher(weights)[1].data.crops
         side = 2 * policy.global_crops_size
-    network = dino.load_backbone(weights, device)
+    network = load_backbone(weights, device)
     if not isinstance(network, VisionTransformer):
         raise ValueError(
             f"{weights}: a {type(network).__name__} has no class token whose attention could be shown; give "

@@ -25,12 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastdino import checkpoint, data, dino, distributed
+from fastdino import checkpoint, data, distributed
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
-from fastdino.data.sources import Source, Unreadable, printable
+from fastdino.data.images import Unreadable, printable
+from fastdino.data.sources import Source
+from fastdino.dino import DINO
 from fastdino.files import write_atomically
 from fastdino.vit import VisionTransformer
+from fastdino.weights import load_backbone
 
 HEADER_BYTES = 95_000_000  # of a safetensors file for names; its readers take 100 MB at most
 
@@ -205,7 +208,7 @@ def untrained(weights: str) -> nn.Module:
         raise ValueError("--baselines needs the weights of a run, which say how the network was initialised")
     config = checkpoint.read_teacher(weights)[1]
     torch.manual_seed(config.run.seed)
-    network = dino.DINO(config)
+    network = DINO(config)
     if config.model.init_from:
         network.load_weights(config.model.init_from)
     return network.teacher.backbone.eval()  # type: ignore[operator]
@@ -258,7 +261,7 @@ class Evaluation:
         with warnings.catch_warnings():
             if distributed.rank() > 0:  # the first says what was left out of the file
                 warnings.simplefilter("ignore")
-            network = dino.load_backbone(self.weights, device, self.arch)
+            network = load_backbone(self.weights, device, self.arch)
         first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None and first.in_channels != 3:
             raise ValueError(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdino import distributed
 from fastdino.config import CropPolicy, DataConfig
-from fastdino.data import as_is, crops, epoch_order, open_source
+from fastdino.data import crops, epoch_order, identity_collate, open_source
 from fastdino.data.sources import Source, Unreadable
 from fastdino.eval.features import (
     Evaluation,
@@ -255,7 +255,7 @@ def augmented(
             _TrainViews(source, policy, seed),
             batch_sampler=_Order(source, batch_size, seed, epochs),
             num_workers=workers,
-            collate_fn=as_is,
+            collate_fn=identity_collate,
             pin_memory=device.type == "cuda",
         )
     )

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdino.config import CropPolicy
-from fastdino.data.sources import reason_of
+from fastdino.data.images import reason_of
 from fastdino.distributed import choose_device
 from fastdino.eval.attention import SHARE, Named, fit, keep_mass, load, look, open_images
 from fastdino.eval.features import untrained
