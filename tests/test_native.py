@@ -33,6 +33,7 @@ def test_without_library_the_plain_form_runs_and_the_reason_is_said(library):
     assert native.describe() == "libfastdino_cpu.so is not built: no compiler"
     described = ops.describe("cpu")
     assert described.keys() >= {"dino_loss", "ema"}
+    assert "multi_crop" not in described  # it has no plain form to run
     assert set(described.values()) == {f"torch ({native.describe()})"}
     x, c = torch.zeros(2, 1, 4), torch.zeros(4)
     assert ops.dino_loss(x, x, c, student_temp=1, teacher_temp=1).isfinite()
