@@ -111,7 +111,7 @@ def resolve(impl: str, device: torch.device, unfit: Mapping[str, str] | None = N
         unfit: for an implementation that cannot take the tensors, why.
 
     Raises:
-        ValueError: an implementation that there is not, or that cannot run.
+        ValueError: an unknown implementation, or one that cannot run.
     """
     if impl not in ("auto", "torch", "cpu", "triton"):
         raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
