@@ -188,15 +188,13 @@ def describe(update: Update, images: Images, loader: data.Loader) -> str:
     cfg, ranks, device = update.config.optim, distributed.ranks(), update.device
     left_out = len(images.source) - images.steps_per_epoch * cfg.batch_size
     together = ranks > 1 or update.sharded or update.student is not update.dino.student
-    kernels = ops.describe(device)
-    kernels.pop("multi_crop", None)  # the crops may be made elsewhere than on the device
     crops_device = device if images.loader == "dali" else "cpu"
     return " · ".join(
         (
             *([f"{ranks} rank{'s' * (ranks > 1)}, {update.parallel}"] if together else []),
             device_name(device),
             str(update.dtype).removeprefix("torch."),
-            *(f"{op}: {impl}" for op, impl in kernels.items()),
+            *(f"{op}: {impl}" for op, impl in ops.describe(device).items()),
             f"crops: {crops.describe(crops_device)}",
             f"{len(images.source)} images, {loader.workers} loader processes"
             + (" a rank" if ranks > 1 else "")
