@@ -230,15 +230,6 @@ def _unfit(student: Tensor, teacher: Tensor) -> dict[str, str]:
     return unfit
 
 
-def check_temperature(name: str, temp: float | Tensor) -> None:
-    """Raise a ValueError unless `temp` is a number above 0 or a tensor of one number, which is not read."""
-    if isinstance(temp, Tensor):
-        if temp.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
-    elif not temp > 0:
-        raise ValueError(f"{name} is {temp}: a temperature is above 0")
-
-
 def _check(
     student: Tensor,
     teacher: Tensor,
@@ -267,7 +258,7 @@ def _check(
             f"student is on {student.device}, teacher on {teacher.device}, center on {center.device}"
         )
     for name, temp in temps.items():
-        check_temperature(name, temp)
+        native.check_temperature(name, temp)
     pairs = (student.shape[0], teacher.shape[0])
     if pair_weights is None and pairs == (1, 1):
         raise ValueError(

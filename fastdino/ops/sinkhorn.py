@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdino.ops.dino_loss import check_temperature
+from fastdino.ops import native
 
 
 def _logsumexp(x: Tensor, dim: int, group: dist.ProcessGroup | None, ranks: bool) -> Tensor:
@@ -54,7 +54,7 @@ def sinkhorn_center(
         )
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: give 1 or more")
-    check_temperature("temp", temp)
+    native.check_temperature("temp", temp)
     ranks = dist.is_available() and dist.is_initialized()
     x = teacher.flatten(0, -2).to(torch.float64 if teacher.dtype == torch.float64 else torch.float32) / temp
     log_a = -_logsumexp(x, 0, group, ranks)
