@@ -301,7 +301,7 @@ def test_ranks_share_each_batch(run: Path, how, monkeypatch):
         return list(its(1))
 
     whole = batches()
-    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

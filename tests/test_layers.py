@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
     ("ops", "config", "files"),
     ("distributed",),
-    ("cli", "optim"),
+    ("cli", "optim", "sync_batch_norm"),
+    ("parallel",),
     ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "vit", "monitor"),
     ("backbones",),
     ("weights",),
