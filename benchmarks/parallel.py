@@ -137,7 +137,7 @@ def work(path: Path) -> None:
         return Path(config.run.out), loopback_bytes() - before
 
     row: Row = {key: job[key] for key in ("name", "ranks", "parallel", "compile")}
-    with distributed.joined(job["device"], job["parallel"]):
+    with distributed.process_group(job["device"], job["parallel"]):
         _, few = run(1, 1)
         out, many = run(updates, 1)
         rates = [m["images_per_s"] for m in read_metrics(out)][updates // 2 :]
@@ -153,7 +153,7 @@ def work(path: Path) -> None:
                 run(count, 100)
             counts.append(syncs.count)
         row["syncs"] = (counts[1] - counts[0]) / 2
-    if distributed.place().rank == 0:
+    if distributed.launch().rank == 0:
         (where / "row.json").write_text(json.dumps(row))
 
 

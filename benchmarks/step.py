@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from benchmarks.measure import Clock, Conditions, Row, Timed, folder, interleave, machine, peak_bytes, write
 from fastdino import vit
 from fastdino.config import RunConfig
-from fastdino.distributed import parallelize
 from fastdino.ops import linear
 from fastdino.ops.packed_attention import missing
+from fastdino.parallel import parallelize
 
 DROP_PATH = 0.1
 SIZES = ((2, 224), (8, 96))  # crops an image, pixels

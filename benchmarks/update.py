@@ -29,10 +29,10 @@ from fastdino import optim, vit
 from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastdino.dino import DINO, MultiCrop
-from fastdino.distributed import parallelize
 from fastdino.head import DINOHead
 from fastdino.ops import packed_attention
 from fastdino.ops.packed_attention import PLAIN_SCORES, attention_ref, class_tokens
+from fastdino.parallel import parallelize
 from fastdino.train import choose_precision, step_seed
 
 Mark = Callable[[str], None]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 Range = tuple[float, float]
-Auto = Literal["auto"]  # `settle` puts a number in its place
+Auto = Literal["auto"]  # `resolve_auto` puts a number in its place
 
 
 def _check(ok: bool, message: str) -> None:
@@ -412,7 +412,7 @@ IMAGES_A_PROTOTYPE = 8
 TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 
 
-def settle(config: Config, images: int, updates: int, width: int) -> tuple[Config, list[str]]:
+def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple[Config, list[str]]:
     """The config with a number for each `auto`, and a sentence on each with the reason.
 
     Official DINO's numbers are for 1.28 million images in batches of 512 and more. On a few thousand in small
@@ -452,10 +452,10 @@ def settle(config: Config, images: int, updates: int, width: int) -> tuple[Confi
     return replace(config, model=model, method=method, optim=optim), said
 
 
-def number(value: Number | Auto) -> Number:
+def resolved(value: Number | Auto) -> Number:
     """A number that is no longer `auto`."""
     if value == "auto":
-        raise ValueError("a number of the config is still auto: settle(config, ...) chooses it")
+        raise ValueError("a number of the config is still auto: resolve_auto(config, ...) chooses it")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdino.config import TEACHER_IMAGES, Config, number
+from fastdino.config import TEACHER_IMAGES, Config, resolved
 
 # The names of what `batch_diagnostics` returns, in its order. A new metric of an update is a name here and a
 # value there: the trainer, metrics.jsonl and TensorBoard take it from this list.
@@ -88,7 +88,7 @@ class Doctor:
                 f"the prototypes never learn: --freeze-last-layer {optim.freeze_last_layer} lasts all "
                 f"{optim.epochs} epochs; 1 is usual"
             )
-        momentum = number(method.momentum_teacher)
+        momentum = resolved(method.momentum_teacher)
         images = optim.batch_size / max(1e-9, 1 - momentum)
         if method.teacher_update == "momentum" and images < 0.9 * TEACHER_IMAGES:
             needed = 1 - optim.batch_size / TEACHER_IMAGES
@@ -101,7 +101,7 @@ class Doctor:
 
     def examine(self, step: int, values: dict[str, Any], last_of_epoch: bool = False) -> list[str]:
         """What the values of a log line, and the lines before it, show."""
-        method, run, k = self.config.method, self.config.run, number(self.config.model.out_dim)
+        method, run, k = self.config.method, self.config.run, resolved(self.config.model.out_dim)
         entropy, used, logit, distance = (
             values.get(name, math.nan)  # a step whose loss is not finite has none
             for name in ("teacher_entropy", "prototypes_used", "logit_max", "teacher_distance")

@@ -1,19 +1,18 @@
 """`fastdino-export WEIGHTS --to FORMAT`: the trained network in a file for others, checked by loading."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastdino import checkpoint
+from fastdino import checkpoint, cli
 from fastdino.config import Config
 from fastdino.dino import DINO
 from fastdino.files import write_atomically
@@ -27,7 +26,7 @@ FILES = {
     "safetensors": "backbone.safetensors",
     "onnx": "backbone.onnx",
 }
-MOST_NUMBERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
+MAX_PARAMETERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,10 @@ def export(options: Export) -> Path:
         RuntimeError: what was written does not load, or gives other features: nothing is left there.
     """
     source = Path(options.weights)
-    beside = (source if source.is_dir() else source.parent) / FILES[options.to]
-    out = Path(options.out) if options.out else beside
-    if out.suffix != beside.suffix:
-        raise ValueError(f"--out {out}: a file for {options.to} ends in {beside.suffix}")
+    default = (source if source.is_dir() else source.parent) / FILES[options.to]
+    out = Path(options.out) if options.out else default
+    if out.suffix != default.suffix:
+        raise ValueError(f"--out {out}: a file for {options.to} ends in {default.suffix}")
     if out.exists():
         raise ValueError(f"--out {out} exists: remove it, or name another")
     if not out.parent.is_dir():
@@ -70,41 +69,55 @@ def export(options: Export) -> Path:
     crops = weights.config.data.crops if weights.config else None
     size = options.size or (crops.global_crops_size if crops else 224)
     state = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    how = ""
     if options.to == "official":
-        write, check, how = _official(source, weights, backbone)
+        file = _official(source, weights, backbone)
     elif options.to == "timm":
-        write, check, how = _timm(backbone, state, weights.config)
+        file = _timm(backbone, state, weights.config)
     elif options.to == "onnx":
-        write, check, how = _onnx(backbone, size)
+        file = _onnx(backbone, size)
     elif options.to == "torch":
-        write, check = lambda path: torch.save(state, path), lambda path: _equal(_load(path), state)
-        how = "model.load_state_dict(torch.load(FILE))"
+        file = File(
+            lambda path: torch.save(state, path),
+            lambda path: _check_equal(_load(path), state),
+            "model.load_state_dict(torch.load(FILE))",
+        )
     else:
-        write, check = lambda path: save_file(state, path), lambda path: _equal(load_file(path), state)
-        how = "model.load_state_dict(safetensors.torch.load_file(FILE))"
+        file = File(
+            lambda path: save_file(state, path),
+            lambda path: _check_equal(load_file(path), state),
+            "model.load_state_dict(safetensors.torch.load_file(FILE))",
+        )
 
     def write_and_check(path: Path) -> None:
-        write(path)
+        file.write(path)
         try:
-            check(path)
+            file.check(path)
         except Exception as error:  # whatever the other side raises
             raise RuntimeError(f"{options.to} does not load what was written: {error}") from error
 
     write_atomically(out, write_and_check)
-    print(f"{out}  {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers, checked by loading")
-    print(f"use it: {how.replace('FILE', repr(str(out)))}")
+    cli.say(
+        f"{out}  {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers, checked by loading",
+        f"use it: {file.usage.replace('FILE', repr(str(out)))}",
+    )
     return out
 
 
-Way = tuple[Callable[[Path], Any], Callable[[Path], None], str]
+class File(NamedTuple):
+    """A file to write."""
+
+    write: Callable[[Path], Any]
+    check: Callable[[Path], None]
+    """Loads it; raises whatever the loader raises, ValueError on other numbers."""
+    usage: str
+    """The code that loads FILE, for people."""
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if found.keys() != expected.keys():
         raise ValueError(f"names differ: {', '.join(sorted(found.keys() ^ expected.keys()))}")
     for name, tensor in expected.items():
@@ -112,7 +125,7 @@ def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} differs")
 
 
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
+def _check_close(found: Tensor, expected: Tensor, what: str) -> None:
     """Features of two forms of one network in float32 differ by rounding alone."""
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
@@ -124,7 +137,7 @@ def _images(network: nn.Module, batch: int, size: int) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _official(source: Path, weights: Weights, backbone: nn.Module) -> Way:
+def _official(source: Path, weights: Weights, backbone: nn.Module) -> File:
     """What official DINO's main_dino.py saves, without its optimiser; its evaluations read "teacher"."""
     plain = isinstance(backbone, VisionTransformer) and not (
         backbone.num_register_tokens or any("ls1" in n or "w12" in n for n, _ in backbone.named_parameters())
@@ -146,15 +159,15 @@ def _official(source: Path, weights: Weights, backbone: nn.Module) -> Way:
     def check(path: Path) -> None:
         read = _load(path)
         for part, tensors in content.items():
-            _equal(read[part], tensors)
+            _check_equal(read[part], tensors)
         features = [network(_images(backbone, 2, 224)) for network in (load_backbone(str(path)), backbone)]
         if not torch.equal(*features):
             raise ValueError("its teacher gives other features")
 
-    return lambda path: torch.save(content, path), check, "python eval_knn.py --pretrained_weights FILE"
+    return File(lambda path: torch.save(content, path), check, "python eval_knn.py --pretrained_weights FILE")
 
 
-def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) -> Way:
+def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) -> File:
     try:
         import timm
     except ImportError:
@@ -175,21 +188,21 @@ def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) 
         model.load_state_dict(load_file(path), strict=True)
         images = _images(backbone, 2, options.get("img_size", 224))
         with torch.no_grad():
-            _close(model(images), backbone(images), "timm's model")
+            _check_close(model(images), backbone(images), "timm's model")
 
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     arguments += ", mlp_layer=timm.layers.SwiGLUPacked" if swiglu else ""
-    return (
+    return File(
         lambda path: save_file(state, path),
         check,
         f"timm.create_model({name!r}{arguments}, checkpoint_path=FILE)",
     )
 
 
-def _onnx(backbone: nn.Module, size: int) -> Way:
+def _onnx(backbone: nn.Module, size: int) -> File:
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'fastdino[onnx]'")
-    if sum(p.numel() for p in backbone.parameters()) > MOST_NUMBERS:
+    if sum(p.numel() for p in backbone.parameters()) > MAX_PARAMETERS:
         raise ValueError("an ONNX file holds 2 GB, and this network has more: use --to safetensors")
 
     def write(path: Path) -> None:
@@ -216,18 +229,20 @@ def _onnx(backbone: nn.Module, size: int) -> Way:
             images = _images(backbone, batch, size)
             (features,) = session.run(None, {"images": images.numpy()})
             with torch.no_grad():
-                _close(torch.from_numpy(features), backbone(images), f"onnxruntime, at batch {batch},")
+                _check_close(torch.from_numpy(features), backbone(images), f"onnxruntime, at batch {batch},")
 
-    return write, check, f"onnxruntime.InferenceSession(FILE).run(None, {{'images': (B, 3, {size}, {size})}})"
+    usage = f"onnxruntime.InferenceSession(FILE).run(None, {{'images': (B, 3, {size}, {size})}})"
+    return File(write, check, usage)
 
 
 def main() -> None:
     """Entry point of `fastdino-export`."""
     options = tyro.cli(Export, prog="fastdino-export", description=__doc__)
-    try:
+
+    def command() -> None:
         export(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"fastdino-export: {error}")
+
+    cli.run("fastdino-export", command, errors=(RuntimeError,))
 
 
 if __name__ == "__main__":

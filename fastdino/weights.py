@@ -1,7 +1,8 @@
 """Weights of others in our networks, and ours in the formats of others.
 
-A file is read (`read_weights`), its tensors get our names (`vit_names`, a function a format, each beside
-the function for the other direction), and a network takes them (`load_backbone_state`).
+A file is read (`read_weights`), its tensors get our names (`vit_names`), and a network loads them
+(`load_backbone_state`). A new format is its types in ALLOWED_TYPES, the key of its network in CONTAINERS, and
+its names as a function `from_NAME` and, for exporting, `to_NAME`.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from fastdino.checkpoint import is_ours, read_teacher
 from fastdino.config import Config, ModelConfig
 from fastdino.vit import VisionTransformer, resize_positions
 
-# Types that a torch-saved file may hold beside tensors and plain values; a file with any other is refused.
+# Types that a torch-saved file may hold besides tensors and plain values; a file with others is refused.
 ALLOWED_TYPES: list[Any] = [argparse.Namespace]  # official checkpoints keep their command line in one
 # Keys under which files keep the one network that they have.
 CONTAINERS = ("state_dict", "model")
-# Parts that are no backbone: classifiers, as torchvision, timm and official DINO call them, and the token
-# that DINOv2 masks patches with.
+# Tensors that are not of a backbone: classifiers, as torchvision, timm and official DINO call them, and
+# DINOv2's mask token.
 NO_BACKBONE = re.compile(
     r"(heads?|head_dist|heads_dist|aux_head|fc|classifier|classif|last_linear)\.|mask_token$"
 )
@@ -51,10 +52,10 @@ class Weights:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The networks in a file of weights: ours, official DINO's, DINOv2's, timm's or of a backbone alone.
+    """The networks in a file of weights: ours, official DINO's, DINOv2's, timm's, or a backbone.
 
-    Torch-saved or as safetensors. Nothing in the file is executed. Prefixes go (`module.`, `_orig_mod.`,
-    `dino_head.`), no tensor does.
+    Torch-saved or as safetensors. Nothing in the file is executed. All tensors are read; prefixes are removed
+    (`module.`, `_orig_mod.`) or replaced (`dino_head.`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -95,7 +96,7 @@ def _content(path: Path) -> Any:
 
 
 def _our_prefixes(path: Path, content: Any) -> dict[str, Tensor]:
-    """A state dict of a whole network or a backbone alone, by `backbone.*` and `head.*`."""
+    """A state dict of a backbone, or of backbone and head, by the names `backbone.*` and `head.*`."""
     if (
         not isinstance(content, dict)
         or not content
@@ -121,7 +122,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def vit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A backbone's tensors by our names; the given dict stays as it is.
 
-    Each function leaves tensors alone that are not of its format, so a backbone of any format can be given.
+    Each function changes only tensors of its format, so a backbone of any format can be given.
     """
     for rename in (from_dinov2, from_timm):
         state = rename(state)
@@ -155,7 +156,7 @@ def from_dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm has other names for a SwiGLU's halves and for registers.
 
-    It gives positions to the class token, the registers and the patches, or to the patches alone.
+    Class token, registers and patches have positions there, or only patches.
     """
     fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if fc1 is not None and fc2 is not None and fc1.shape[:1] == (2 * fc2.shape[-1],):
@@ -286,7 +287,7 @@ def _resize_positions(network: VisionTransformer, state: dict[str, Tensor]) -> l
 def load_backbone(path: str, device: str | torch.device = "cpu", arch: str = "") -> nn.Module:
     """The backbone in `path`, in evaluation mode.
 
-    What is left out of a file of others, such as a classifier, is said in a warning.
+    A warning names what is left out of a file of others, such as a classifier.
 
     Args:
         path: a run's folder, its teacher.safetensors, or weights of official DINO (a full checkpoint, of

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_runs import CONFIG, make_run, refusal
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
-from test_eval import CONFIG, make_run, refusal
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop
@@ -33,7 +33,7 @@ from fastdino.eval.linear import (
     EPOCHS,
     RATES,
     Heads,
-    Linear,
+    LinearCommand,
     augmented,
     cached,
     choose_layers,
@@ -301,7 +301,7 @@ def test_ranks_share_each_batch(run: Path, how, monkeypatch):
         return list(its(1))
 
     whole = batches()
-    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -317,9 +317,9 @@ def test_ranks_share_each_batch(run: Path, how, monkeypatch):
 # The command.
 
 
-def command(run: Path, **flags: Any) -> Linear:
+def command(run: Path, **flags: Any) -> LinearCommand:
     options = {"data": str(run / "images"), "val": str(run / "val"), "workers": 0, "device": "cpu"}
-    return Linear(**({"weights": str(run), "epochs": 3, "batch_size": 10} | options | flags))
+    return LinearCommand(**({"weights": str(run), "epochs": 3, "batch_size": 10} | options | flags))
 
 
 def token_features(network: Any, views: list[Image.Image], blocks: int) -> Array:
@@ -392,7 +392,7 @@ def test_figures_are_those_of_the_recipe_written_out(run: Path, how, capsys):
 def test_defaults_are_official_dinos():
     assert EPOCHS == 100
     assert 0.001 in RATES
-    assert Linear(weights="", data="", val="").batch_size == 128
+    assert LinearCommand(weights="", data="", val="").batch_size == 128
 
 
 def test_three_classes_have_no_top_5_and_unreadable_files_are_named(tmp_path: Path, capsys):
@@ -471,7 +471,8 @@ def test_ctrl_c_ends_it_at_once_with_its_workers(run: Path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # torch warns of two workers on one core
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will create"},
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline, workers = time.monotonic() + 120, [list[str]()]

@@ -201,7 +201,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
             m.setitem(sys.modules, module, None)
             m.setattr(export, "find_spec", lambda name: None)
             refused(rf"needs .*{module}.*pip install 'fastdino\[{to}\]'", to=to)
-    monkeypatch.setattr(export, "MOST_NUMBERS", 1000)
+    monkeypatch.setattr(export, "MAX_PARAMETERS", 1000)
     refused("an ONNX file holds 2 GB", to="onnx")
     with pytest.raises(FileNotFoundError):
         export.export(Export(weights=str(tmp_path / "none.pth"), to="torch"))

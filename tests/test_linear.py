@@ -49,10 +49,10 @@ def assert_as_accurate(
 ) -> None:
     """Each error at most twice that of torch's own form, plus one rounding: of the result, or where that is a
     few numbers, whose error is luck, of the terms that they sum."""
-    for i, (a, b, true, its) in enumerate(zip(ours, plain, truth, terms, strict=True)):
+    for i, (a, b, true, summed) in enumerate(zip(ours, plain, truth, terms, strict=True)):
         assert a.shape == true.shape
         assert a.dtype == b.dtype
-        rounding = torch.finfo(a.dtype).eps * (true if true.numel() > 64 else its).norm()
+        rounding = torch.finfo(a.dtype).eps * (true if true.numel() > 64 else summed).norm()
         bound = 2 * (b.double() - true).norm() + rounding
         assert (a.double() - true).norm() <= bound, ("out", "x", "weight", "bias")[i]
 

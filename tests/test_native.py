@@ -31,9 +31,10 @@ def test_without_library_the_plain_form_runs_and_the_reason_is_said(library):
     library.with_suffix(".log").write_text("no compiler\nand more")
     assert native.isas() == ()
     assert native.describe() == "libfastdino_cpu.so is not built: no compiler"
-    assert ops.describe("cpu") == dict.fromkeys(
-        ("dino_loss", "ema", "multi_crop"), f"torch ({native.describe()})"
-    )
+    described = ops.describe("cpu")
+    assert described.keys() >= {"dino_loss", "ema"}
+    assert "multi_crop" not in described  # it has no plain form to run
+    assert set(described.values()) == {f"torch ({native.describe()})"}
     x, c = torch.zeros(2, 1, 4), torch.zeros(4)
     assert ops.dino_loss(x, x, c, student_temp=1, teacher_temp=1).isfinite()
     with pytest.raises(ValueError, match="is not built: no compiler"):

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from counting import CountSyncs
 from faults import ScaleOne, feed_that_calls, with_infinite_gradients, with_nan_losses
 from safetensors import safe_open
 from tiny import final_tensors, make_config, make_images
 from torch import Tensor
 
-from benchmarks.parallel import CountSyncs
 from fastdino import checkpoint, train
 from fastdino.config import Config
 from fastdino.data import Batch

@@ -9,6 +9,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastdino.files import printable
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # The formats that a file may have whatever its extension. Pillow opens more, but some of them start other
 # programs (EPS).
@@ -35,11 +37,6 @@ class Unreadable(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}" if self.reason else self.path
-
-
-def printable(text: str) -> str:
-    """The same text where names that are not UTF-8 can be printed."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import codecs
 import collections
 import hashlib
-import heapq
 import io
 import os
 from array import array
@@ -226,63 +225,35 @@ def _walk(
             yield folder + name
 
 
-_RUN = 64 << 20  # bytes of names sorted at a time
 _IMAGES = {extension.encode() for extension in EXTENSIONS}
 
 
-def _entries(place: bytes, others: collections.Counter[str]) -> Iterator[bytes]:
+def _entries(place: bytes, others: collections.Counter[str]) -> list[bytes]:
     """Names of a folder's images, and of its folders with a slash after them, sorted.
 
-    So each folder's paths come in the order of their bytes. The folder may hold millions, and a name is 70
-    bytes larger as a Python object: names are sorted in runs, which are merged.
+    So each folder's paths come in the order of their bytes. others: counts the extensions of the other files.
     """
     try:
         entries = os.scandir(place)
     except PermissionError:
         raise PermissionError(f"{os.fsdecode(place)}: no permission to read this folder; grant it") from None
-    runs: list[tuple[bytes, array[int]]] = []
-    names, lengths, width = bytearray(), array("H"), 1
+    names = []
     for entry in entries:
-        name = entry.name
-        if name.startswith(b"."):
+        if entry.name.startswith(b"."):
             continue
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # a link to itself
             is_folder, is_file = False, False
         if is_folder:
-            name += b"/"
+            names.append(entry.name + b"/")
         elif is_file or entry.is_symlink():  # broken links are named when loaded; pipes would make it wait
-            _, dot, extension = name.rpartition(b".")
-            if not dot or b"." + extension.lower() not in _IMAGES:
+            _, dot, extension = entry.name.rpartition(b".")
+            if dot and b"." + extension.lower() in _IMAGES:
+                names.append(entry.name)
+            else:
                 others[os.fsdecode(dot + extension).lower() if dot else "no extension"] += 1
-                continue
-        else:
-            continue
-        names += name
-        lengths.append(len(name))
-        width = max(width, len(name))
-        if len(lengths) * width > _RUN:
-            runs.append(_sorted(names, lengths, width))
-            names, lengths, width = bytearray(), array("H"), 1
-    runs.append(_sorted(names, lengths, width))
-    yield from heapq.merge(*(_split(*run) for run in runs))
-
-
-def _sorted(names: bytearray, lengths: "array[int]", width: int) -> "tuple[bytes, array[int]]":
-    """The same names in order: joined, and the length of each. No name holds a zero byte."""
-    table = np.zeros((len(lengths), width), np.uint8)
-    table[np.arange(width) < np.frombuffer(lengths, np.uint16)[:, None]] = np.frombuffer(names, np.uint8)
-    table.reshape(-1).view(f"S{width}").sort()
-    used = table != 0
-    return table[used].tobytes(), array("H", used.sum(1, dtype=np.uint16).tobytes())
-
-
-def _split(names: bytes, lengths: "array[int]") -> Iterator[bytes]:
-    start = 0
-    for length in lengths:
-        yield names[start : start + length]
-        start += length
+    return sorted(names)
 
 
 _LINE = 1 << 16  # bytes; a longer line is no path

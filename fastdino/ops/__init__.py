@@ -17,6 +17,7 @@ __all__ = ["Linear", "attention", "describe", "dino_loss", "ema_", "linear", "mu
 
 def describe(device: torch.device | str) -> dict[str, str]:
     """What "auto" runs on a device for each op with a NAME_cpu.py; in brackets with what, or why so."""
-    names = sorted(path.name.removesuffix("_cpu.py") for path in Path(__file__).parent.glob("*_cpu.py"))
+    names = {path.name.removesuffix("_cpu.py") for path in Path(__file__).parent.glob("*_cpu.py")}
+    names -= {"multi_crop"}  # has no form in torch: data/crops.py says what makes the crops
     impl, why = native.choose(torch.device(device))
-    return dict.fromkeys(names, f"{impl} ({why})")
+    return dict.fromkeys(sorted(names), f"{impl} ({why})")

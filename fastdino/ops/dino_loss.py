@@ -258,11 +258,7 @@ def _check(
             f"student is on {student.device}, teacher on {teacher.device}, center on {center.device}"
         )
     for name, temp in temps.items():
-        if isinstance(temp, Tensor):
-            if temp.numel() != 1:
-                raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
-        elif not temp > 0:
-            raise ValueError(f"{name} is {temp}: a temperature is above 0")
+        native.check_temperature(name, temp)
     pairs = (student.shape[0], teacher.shape[0])
     if pair_weights is None and pairs == (1, 1):
         raise ValueError(

@@ -111,7 +111,7 @@ def resolve(impl: str, device: torch.device, unfit: Mapping[str, str] | None = N
         unfit: for an implementation that cannot take the tensors, why.
 
     Raises:
-        ValueError: an implementation that there is not, or that cannot run.
+        ValueError: an unknown implementation, or one that cannot run.
     """
     if impl not in ("auto", "torch", "cpu", "triton"):
         raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
@@ -133,3 +133,12 @@ def threads(elements: int) -> int:
     """Threads for a pass over N elements on the CPU."""
     # below some ten microseconds of work a second thread costs more than it does
     return torch.get_num_threads() if elements > 65536 else 1
+
+
+def check_temperature(name: str, temp: float | Tensor) -> None:
+    """Raise a ValueError unless `temp` is a number above 0 or a tensor of one number, which is not read."""
+    if isinstance(temp, Tensor):
+        if temp.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
+    elif not temp > 0:
+        raise ValueError(f"{name} is {temp}: a temperature is above 0")
