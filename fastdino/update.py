@@ -61,6 +61,7 @@ class Update:
             checkpoint needs no file of weights.
 
     Attributes:
+        COLUMNS: names of the numbers in the row that an update returns.
         dino: the `DINO` with student, teacher and loss.
         student: what is called in the student's place: itself, or its DistributedDataParallel.
         optimizer: torch's fused AdamW or SGD, or LARS.
@@ -73,6 +74,8 @@ class Update:
         ValueError: a configuration that cannot work, or weights that do not fit; the message says why.
         FileNotFoundError: no such file of weights.
     """
+
+    COLUMNS = COLUMNS
 
     def __init__(
         self, config: Config, device: torch.device | str = "cpu", *, load_weights: bool = True
