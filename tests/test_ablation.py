@@ -125,7 +125,7 @@ def test_jobs_run_together_and_a_failing_one_stops_no_other(
 
 def test_a_job_that_is_told_to_stop_stops_all(tmp_path: Path) -> None:
     sleep = "import os, pathlib, time; print(os.getpid(), flush=True); pathlib.Path({!r}, 'a').touch()"
-    sleep = sleep.format(str(tmp_path)) + "; time.sleep(60)"
+    sleep = sleep.format(str(tmp_path)) + "; time.sleep(60); print('slept')"
     jobs = {
         "a": [python(sleep)],
         "b": [python(MEET.format(str(tmp_path), "b", "a") + "raise SystemExit(75)")],
