@@ -425,11 +425,11 @@ def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple
         updates: of the whole run.
         width: of the tokens, or 384 for networks without.
     """
-    model, method, optim, said = config.model, config.method, config.optim, []
+    model, method, optim, sentences = config.model, config.method, config.optim, []
     if model.out_dim == "auto":
         k = 2 ** round(math.log2(max(1, images / IMAGES_A_PROTOTYPE)))
         k = min(max(k, 256), 65536)
-        said.append(f"--out-dim {k}: about one prototype for {IMAGES_A_PROTOTYPE} images, 256 to 65536")
+        sentences.append(f"--out-dim {k}: about one prototype for {IMAGES_A_PROTOTYPE} images, 256 to 65536")
         model = replace(model, out_dim=k)
     if method.momentum_teacher == "auto":
         # As many images as official DINO's teacher averages over: 0.996 at a batch of 1024.
@@ -437,19 +437,21 @@ def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple
         steps = max(min(whole, updates / 5), TEACHER_IMAGES / optim.batch_size, 2.0)
         momentum = 1 - float(f"{1 / steps:.2g}")
         why = "as official DINO's at a batch of 1024" if steps == whole else f"of {updates} in the run"
-        said.append(f"--momentum-teacher {momentum:g}: the teacher averages over {steps:.0f} updates, {why}")
+        sentences.append(
+            f"--momentum-teacher {momentum:g}: the teacher averages over {steps:.0f} updates, {why}"
+        )
         method = replace(method, momentum_teacher=momentum)
     if optim.lr == "auto":
         # Official DINO's 2e-3 for ViT-S at a batch of 1024, by the square root of the batch and by the width,
         # as Adam's step wants it (Malladi et al. 2022, arXiv:2205.10287; Yang et al. 2022, arXiv:2203.03466).
         peak = 2e-3 * math.sqrt(optim.batch_size / 1024) * 384 / width
         lr = float(f"{peak * 256 / optim.batch_size:.2g}")
-        said.append(
+        sentences.append(
             f"--lr {lr:g}, a peak of {lr * optim.batch_size / 256:.2g}: official DINO's for ViT-S at a batch "
             f"of 1024, by the root of the batch {optim.batch_size} and the inverse of the width {width}"
         )
         optim = replace(optim, lr=lr)
-    return replace(config, model=model, method=method, optim=optim), said
+    return replace(config, model=model, method=method, optim=optim), sentences
 
 
 def resolved(value: Number | Auto) -> Number:
