@@ -125,13 +125,13 @@ class Saver:
         `finish` before.
         """
         assert self.pending is None
-        beside = self.out / "checkpoints" / f".step_{step}.tmp"
+        tmp = self.out / "checkpoints" / f".step_{step}.tmp"
         if rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
         # One process is what is meant. For good: it is DCP's thread that would warn.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         written = dcp.async_save(
-            tensors, checkpoint_id=beside, process_group=self.group, no_dist=self.group is None
+            tensors, checkpoint_id=tmp, process_group=self.group, no_dist=self.group is None
         )
         self.pending = step, self.thread.submit(self._complete, step, written, info, write_teacher)
 
@@ -142,21 +142,21 @@ class Saver:
         if rank() != 0:
             return
         folder = self.out / "checkpoints"
-        final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
-        for its in (dcp.FileSystemReader(beside).read_metadata().storage_data or {}).values():
-            if not (beside / its.relative_path).exists():
+        final, tmp = folder / f"step_{step}", folder / f".step_{step}.tmp"
+        for stored in (dcp.FileSystemReader(tmp).read_metadata().storage_data or {}).values():
+            if not (tmp / stored.relative_path).exists():
                 raise OSError(
-                    f"{beside / its.relative_path}, which another rank wrote, is not here: --out must be on "
+                    f"{tmp / stored.relative_path}, which another rank wrote, is not here: --out must be on "
                     "a file system that all machines share"
                 )
-        (beside / "info.json").write_text(json.dumps(info))
-        for path in beside.iterdir():
+        (tmp / "info.json").write_text(json.dumps(info))
+        for path in tmp.iterdir():
             sync(path)
-        sync(beside)
+        sync(tmp)
         old = folder / f".step_{step}.old.tmp"
         if final.exists():
             os.replace(final, old)
-        os.replace(beside, final)
+        os.replace(tmp, final)
         sync(folder)
         shutil.rmtree(old, ignore_errors=True)
         write_teacher()
@@ -282,7 +282,7 @@ def write_teacher(path: Path, teacher: nn.Module | dict[str, Tensor], config: Co
     """Write the teacher, or what `cpu_state_dict` made of it, as one file with its configuration inside."""
     state = cpu_state_dict(teacher) if isinstance(teacher, nn.Module) else teacher
     metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
-    write_atomically(path, lambda beside: save_file(state, beside, metadata=metadata))
+    write_atomically(path, lambda tmp: save_file(state, tmp, metadata=metadata))
 
 
 def teacher_step(out: Path) -> int | None:

@@ -74,7 +74,7 @@ def progress(what: str, total: int | None, unit: str = "images") -> Iterator[Cal
         console=out,
         transient=True,
         auto_refresh=False,
-        disable=not out.is_terminal or out.quiet,
+        disable=not out.is_terminal,
     ) as bar:
         task, drawn = bar.add_task(what, total=total), 0.0
 

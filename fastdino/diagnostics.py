@@ -82,9 +82,9 @@ class Doctor:
     def before(self) -> list[str]:
         """What the configuration alone says will go wrong."""
         method, optim = self.config.method, self.config.optim
-        said = []
+        sentences = []
         if 1 < optim.epochs <= optim.freeze_last_layer:
-            said.append(
+            sentences.append(
                 f"the prototypes never learn: --freeze-last-layer {optim.freeze_last_layer} lasts all "
                 f"{optim.epochs} epochs; 1 is usual"
             )
@@ -93,11 +93,11 @@ class Doctor:
         if method.teacher_update == "momentum" and images < 0.9 * TEACHER_IMAGES:
             needed = 1 - optim.batch_size / TEACHER_IMAGES
             advice = f"raise --momentum-teacher to {needed:.4g} or more" if needed > 0 else "raise it"
-            said.append(
+            sentences.append(
                 f"the teacher averages over {images:.0f} images only (batch {optim.batch_size}, momentum "
                 f"{momentum:g}) and follows the noise of its batches: {advice}"
             )
-        return said
+        return sentences
 
     def examine(self, step: int, values: dict[str, Any], last_of_epoch: bool = False) -> list[str]:
         """What the values of a log line, and the lines before it, show."""
@@ -143,12 +143,12 @@ class Doctor:
                 "bf16 or fp32, or lower --lr",
             ),
         ]
-        said = []
+        sentences = []
         for steps, (holds, sentence) in zip(self.since, signs, strict=True):
             if not holds:
                 steps.clear()
                 continue
             steps.append(step)
             if len(steps) == (1 if sentence.startswith("fp16") else self.PATIENCE):
-                said.append(sentence.format(since=steps[0]))
-        return said
+                sentences.append(sentence.format(since=steps[0]))
+        return sentences

@@ -141,31 +141,31 @@ def process_group(name: str, parallel: str = "auto") -> Iterator[torch.device]:
 
 
 def _start_id(store: Any, rank: int, ranks: int) -> str:
-    """A word that the ranks of this start share, and those of none before it.
+    """An identifier that the ranks of this start share, and the ranks of no start before it have.
 
     torchrun keeps its store when it starts the ranks anew, with the addresses of the dead in it, and gloo and
     NCCL call those (pytorch issue 135712; its count of restarts differs between nodes). So each rank asks
-    rank 0 with a word of its own, which no answer to another start can fit.
+    rank 0 with an identifier of its own, which no answer to another start can fit.
     """
-    mine = uuid.uuid4().hex
+    own = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"fastdino/asks/{rank}", mine)
-        word = store.get(f"fastdino/answer/{mine}").decode()
-        store.add(f"fastdino/heard/{word}", 1)
-        return word
+        store.set(f"fastdino/asks/{rank}", own)
+        start_id = store.get(f"fastdino/answer/{own}").decode()
+        store.add(f"fastdino/heard/{start_id}", 1)
+        return start_id
     answered: set[bytes] = set()
     deadline = time.monotonic() + store.timeout.total_seconds()
-    while store.add(f"fastdino/heard/{mine}", 0) < ranks - 1:
+    while store.add(f"fastdino/heard/{own}", 0) < ranks - 1:
         if time.monotonic() > deadline:
             raise RuntimeError(f"not all of the {ranks} ranks came within {store.timeout}")
         for other in range(1, ranks):
             if store.check([f"fastdino/asks/{other}"]):
-                theirs = store.get(f"fastdino/asks/{other}")
-                if theirs not in answered:
-                    store.set(f"fastdino/answer/{theirs.decode()}", mine)
-                    answered.add(theirs)
+                asked = store.get(f"fastdino/asks/{other}")
+                if asked not in answered:
+                    store.set(f"fastdino/answer/{asked.decode()}", own)
+                    answered.add(asked)
         time.sleep(0.02)
-    return mine
+    return own
 
 
 def gather(value: T) -> list[T]:
@@ -200,7 +200,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         if world_size() == 1:
             raise
         error = caught
-    failed = [i for i, said in enumerate(gather(error and str(error))) if said is not None]
+    failed = [i for i, message in enumerate(gather(error and str(error))) if message is not None]
     if failed and rank() == failed[0]:
         assert error is not None
         raise error
@@ -209,7 +209,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on all ranks; it runs there alone. What it raises fails all of them."""
+    """Run `work` on rank 0 only; all ranks return its value, or raise where it raises."""
     value: Any = None
     with raise_on_all_ranks():
         if rank() == 0:

@@ -366,8 +366,8 @@ class VisionTransformer(nn.Module):
         rates = [block.drop_rate if self.training else 0.0 for block in blocks]
         kept = self._kept(runs, impl, rates, x.device) if any(rates) else [None] * len(blocks)
         outputs: list[Tensor] = []
-        for block, its in zip(blocks, kept, strict=True):
-            args = (x, packed, its, class_only and block is blocks[-1])
+        for block, subset in zip(blocks, kept, strict=True):
+            args = (x, packed, subset, class_only and block is blocks[-1])
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing within a block is drawn at random.
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
@@ -393,12 +393,12 @@ class VisionTransformer(nn.Module):
             image, start = image + images, start + images * tokens
 
         def branch(i: int, j: int) -> DropPathSubset:
-            left = tuple((keep[i], tokens) for keep, (_, tokens) in zip(counts, runs, strict=True))
-            its, theirs = (
+            lengths = tuple((keep[i], tokens) for keep, (_, tokens) in zip(counts, runs, strict=True))
+            kept_images, kept_rows = (
                 torch.cat([x[i, j, : keep[i]].flatten() for x, keep in zip(xs, counts, strict=True)])
                 for xs in (samples, rows)
             )
-            return DropPathSubset(its, theirs, packing(left, impl, device), 1 / (1 - rates[i]))
+            return DropPathSubset(kept_images, kept_rows, packing(lengths, impl, device), 1 / (1 - rates[i]))
 
         return [(branch(i, 0), branch(i, 1)) if rate else None for i, rate in enumerate(rates)]
 

@@ -49,7 +49,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, 
     """Run `jobs` in so many processes; the finished torchrun with its returncode, stdout and stderr."""
     process = start(jobs, folder, ranks, *options, **env)
     try:
-        out, error = process.communicate(timeout=300)
+        out, error = process.communicate(timeout=900)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)

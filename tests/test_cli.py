@@ -93,7 +93,7 @@ def test_a_signal_stops_the_command(how: signal.Signals) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(how)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (130, "fastdino-x: stopped\n")
 
 

@@ -47,13 +47,8 @@ def violations(stem: str, source: str) -> list[str]:
     bad = []
     for name in imports(source):
         root, _, rest = name.partition(".")
-        if root in (
-            "",
-            "kernels",
-            "benchmarks",
-            "experiments",
-            "tests",
-        ):  # relative, or from outside the package
+        # Relative, or from outside the package.
+        if root in ("", "kernels", "benchmarks", "experiments", "tests"):
             bad.append(name)
         elif root == "fastdino":
             target = rest.partition(".")[0]
