@@ -51,8 +51,7 @@ def train(
         The metrics of the last log line, and "step".
 
     Raises:
-        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before the first
-            update.
+        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; at the start.
         RunError: too many unreadable files or non-finite updates, or no room for the last checkpoint.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving. Several processes save at their next log line.
         OtherRankFailed: another process failed, and says why.
@@ -68,10 +67,8 @@ def train(
         # What trains. Entering `run` locks the folder and loads its checkpoint, if any, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
         run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
-        quiet = distributed.rank() > 0
-        monitor = stack.enter_context(
-            Monitor(run.out, run.step, total, to_dict(config), config.run.wandb, quiet=quiet)
-        )
+        wandb, quiet = config.run.wandb, distributed.rank() > 0
+        monitor = stack.enter_context(Monitor(run.out, run.step, total, to_dict(config), wandb, quiet))
         loader = make_loader(config, images, device, run.step, total)
         feed = feed_type(loader, config.optim.accumulate, run.signals)  # a signal travels with its tally
         window = Window(config.run.log_every, device)
