@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +31,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Conditions, Row, folder, machine, write
 from fastdino import checkpoint, distributed, train
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastdino.monitor import read_metrics
-
-
-class CountSyncs(TorchDispatchMode):
-    """Counts what waits for the device."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.count = 0
-        self.cuda = device.startswith("cuda")
-
-    def __enter__(self) -> "CountSyncs":
-        if self.cuda:
-            self.warnings = warnings.catch_warnings(record=True)
-            self.seen = self.warnings.__enter__() or []
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self.cuda:
-            torch.cuda.set_sync_debug_mode("default")
-            self.warnings.__exit__(*error)
-            self.count = sum("synchronizing CUDA operation" in str(w.message) for w in self.seen)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
+from tests.counting import CountSyncs, loopback_bytes
 
 
 def config_of(job: Row, folder: Path, updates: int, log_every: int) -> Config:
@@ -85,12 +55,6 @@ def config_of(job: Row, folder: Path, updates: int, log_every: int) -> Config:
             knn_every_epochs=0,
         ),
     )
-
-
-def loopback_bytes() -> int:
-    """Bytes sent over the loopback interface so far."""
-    lines = Path("/proc/net/dev").read_text().splitlines()
-    return int(next(line for line in lines if line.strip().startswith("lo:")).split()[9])
 
 
 def work(path: Path) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from counting import loopback_bytes
 from tiny import make_config
 from torch.distributed.checkpoint import filesystem
 
-from benchmarks.parallel import loopback_bytes
 from fastdino import checkpoint, data, distributed, train, vit
 from fastdino.dino import DINO
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from counting import CountSyncs
 from PIL import Image
 from safetensors import safe_open
 from tiny import make_config, make_images
 from torch import Tensor
 
-from benchmarks.parallel import CountSyncs
 from fastdino import checkpoint, train
 from fastdino.config import Config
 from fastdino.data.sources import Files
