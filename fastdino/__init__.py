@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from fastdino.head import DINOHead
     from fastdino.loss import DINOLoss
     from fastdino.ops import ema_
+    from fastdino.optim import Schedule
+    from fastdino.update import Update
     from fastdino.vit import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 
 __version__ = "0.1.0"
@@ -15,6 +17,8 @@ __all__ = [
     "DINO",
     "DINOHead",
     "DINOLoss",
+    "Schedule",
+    "Update",
     "VisionTransformer",
     "ema_",
     "load_backbone",
@@ -23,7 +27,15 @@ __all__ = [
     "vit_small",
     "vit_tiny",
 ]
-_MODULES = {"DINO": "dino", "DINOHead": "head", "DINOLoss": "loss", "ema_": "ops", "load_backbone": "dino"}
+_MODULES = {
+    "DINO": "dino",
+    "DINOHead": "head",
+    "DINOLoss": "loss",
+    "Schedule": "optim",
+    "Update": "update",
+    "ema_": "ops",
+    "load_backbone": "dino",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,8 @@ from fastdino.data.samples import render_samples
 from fastdino.data.sources import open_source, printable
 from fastdino.eval.knn import check_classes
 from fastdino.files import write_atomically
-from fastdino.train import settle_for, stop_signals
+from fastdino.run import stop_signals
+from fastdino.train import settle_for
 
 EPOCHS = 8  # on the sample images, where --epochs does not say
 VAL = 800  # sample images that test k-NN

@@ -4,7 +4,6 @@ Each is written beside its place, flushed to the disk and renamed, so one that i
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -14,9 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from fastdino.config import Config, from_dict, to_dict
 from fastdino.distributed import cpu_group, gather, on_first, rank, ranks, whole
-from fastdino.files import sync, write_atomically
+from fastdino.files import differences, lock, sync, write_atomically, write_text
 
 # Fields that a continued run may change: none of them touches what is learnt, but by rounding.
 FREE = {
@@ -53,17 +53,7 @@ FREE = {
 }
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def claim(out: Path, config: Config) -> TextIO:
+def claim(out: Path, config: Config) -> ExitStack:
     """Make `out` the folder of this run, new or continued, and hold it until the returned lock is closed.
 
     Raises:
@@ -73,22 +63,16 @@ def claim(out: Path, config: Config) -> TextIO:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a")  # noqa: SIM115  held for the whole run
-    try:
-        # A record lock: the system frees it when this process ends, however it ends. The loader's processes,
-        # which outlive a kill -9 by seconds, do not inherit it, as they would a flock.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ValueError(
-            f"another process is training in {out}: wait for it, or give another --out"
-        ) from None
+    # Not of the loader's processes: they outlive a kill -9 by seconds.
+    held = lock(out)
+    if held is None:
+        raise ValueError(f"another process is training in {out}: wait for it, or give another --out")
     try:
         _check_same_run(out, config)
-    except ValueError:
-        lock.close()
+    except BaseException:
+        held.close()
         raise
-    return lock
+    return held
 
 
 def _check_same_run(out: Path, config: Config) -> None:
@@ -98,18 +82,14 @@ def _check_same_run(out: Path, config: Config) -> None:
     ):
         raise ValueError(f"{out} has {', '.join(found)} but no config.json: give another --out")
     if not checkpoints(out):  # a new run, or one that failed before it had anything to lose
-        text = json.dumps(to_dict(config), indent=2) + "\n"
-        write_atomically(path, lambda beside: beside.write_text(text))
+        write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
         return
     # through the classes, so that a field newer than the run has the value it had before there was one
-    was, now = (
-        _flat(json.loads(json.dumps(to_dict(c))))
-        for c in (from_dict(Config, json.loads(path.read_text())), config)
-    )
+    stored = to_dict(from_dict(Config, json.loads(path.read_text())))
     differing = [
-        f"  --{key.split('.')[-1].replace('_', '-')}: was {was.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and key not in FREE
+        f"  --{name.split('.')[-1].replace('_', '-')}: was {was!r}, now {now!r}"
+        for name, (was, now) in differences(stored, to_dict(config)).items()
+        if name not in FREE
     ]
     if differing:
         raise ValueError(

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from fastdino.config import Config, from_dict, number
 from fastdino.data.sources import printable
+from fastdino.diagnostics import Doctor
 from fastdino.files import write_atomically
-from fastdino.monitor import Doctor, read_metrics
+from fastdino.monitor import read_metrics
 
 COLLAPSE = ("collapsed to uniform", "collapsed to one dimension")
 SIGNS = (*COLLAPSE, "the teacher equals the student", "logits grow", "fp16 overflowed")  # the doctor's

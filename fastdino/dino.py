@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdino import adapter, checkpoint, distributed, ops, vit
+from fastdino import adapter, checkpoint, distributed, ops, optim, vit
 from fastdino.config import Config, ModelConfig, number
 from fastdino.head import DINOHead
 from fastdino.loss import DINOLoss
-from fastdino.monitor import vitals
 from fastdino.vit import VisionTransformer, resize_positions
 
 VITS: dict[str, Callable[..., VisionTransformer]] = {
@@ -287,21 +286,18 @@ class DINO(nn.Module):
         self.student = network(model.drop_path_rate, model.norm_last_layer)
         self.teacher = network(0.0, True).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
-        warmup = method.warmup_teacher_temp_epochs
         self.loss = DINOLoss(
             out_dim,
             crops.n_views,
             method.warmup_teacher_temp,
             method.teacher_temp,
-            # Three tenths of the run, as published for 100 epochs, where the warm-up asked for does not fit.
-            warmup if warmup <= config.optim.epochs else round(0.3 * config.optim.epochs),
+            optim.temperature_warmup_epochs(config),
             config.optim.epochs,
             method.student_temp,
             method.center_momentum,
             method.centering,
         )
         self.teacher_update = method.teacher_update
-        self.vitals = torch.empty(0)
 
     def load_weights(self, path: str) -> list[str]:
         """Begin with the weights in `path`, any that `checkpoint.read_weights` reads: student, teacher, and
@@ -340,12 +336,7 @@ class DINO(nn.Module):
         return list(dict.fromkeys(notes))  # teacher and student mostly say the same
 
     def forward(
-        self,
-        crops: list[Tensor],
-        epoch: int,
-        freeze_backbone: bool = False,
-        student: nn.Module | None = None,
-        examine: bool = False,
+        self, crops: list[Tensor], epoch: int, freeze_backbone: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Loss of one batch, and the mean of its teacher logits for `loss.update_center`.
 
@@ -356,8 +347,6 @@ class DINO(nn.Module):
             crops: V tensors (B, C, H, W), the global crops first.
             epoch: from 0; selects the teacher temperature.
             freeze_backbone: the student's head alone gets a gradient.
-            student: what is called in the student's place, as its DistributedDataParallel.
-            examine: leave in `self.vitals` what `monitor.vitals` makes of this batch.
 
         Returns:
             loss: scalar, float32.
@@ -365,14 +354,10 @@ class DINO(nn.Module):
         """
         with torch.no_grad():
             teacher_output = self.teacher(crops[: self.n_global])
-        student_output = (student or self.student)(crops, freeze_backbone)
-        if examine:
-            temp, center = float(self.loss.teacher_temp_schedule[epoch]), self.loss.center[0]
-            if self.loss.centering == "sinkhorn":
-                center = ops.sinkhorn_center(teacher_output, temp)
-            self.vitals = vitals(teacher_output, center, temp, student_output, self.teacher.features)
+        student_output = self.student(crops, freeze_backbone)
         # these logits have no other reader: the last layer's backward needs its input alone
-        return self.loss.cross_entropy(student_output, teacher_output, epoch, inplace_backward=True)
+        teacher_temp = self.loss.teacher_temp(epoch)
+        return self.loss.cross_entropy(student_output, teacher_output, teacher_temp, inplace_backward=True)
 
     @torch.no_grad()
     def teacher_distance(self) -> Tensor:

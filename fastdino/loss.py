@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdino import ops
 from fastdino.distributed import mean_over_ranks_
+from fastdino.optim import teacher_temperatures
 
 
 class DINOLoss(nn.Module):
@@ -79,11 +79,8 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.ncrops = ncrops
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.teacher_temp_schedule = np.concatenate(
-            (
-                np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs),
-                np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp),
-            )
+        self.teacher_temp_schedule = teacher_temperatures(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
@@ -101,19 +98,40 @@ class DINOLoss(nn.Module):
             ValueError: shapes that do not fit one another or the constructor, or an epoch outside the
                 schedule.
         """
-        loss, teacher_mean = self.cross_entropy(student_output, teacher_output, epoch)
+        loss, teacher_mean = self.cross_entropy(student_output, teacher_output, self.teacher_temp(epoch))
         self.update_center(teacher_mean)
         return loss
 
+    def teacher_temp(self, epoch: int) -> Tensor:
+        """The teacher temperature of an epoch, from 0: a scalar on the CPU; ValueError outside the schedule.
+
+        A tensor, so that torch.compile makes no graph of its own for each epoch.
+        """
+        last = len(self.teacher_temp_schedule) - 1
+        if not 0 <= epoch <= last:
+            raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")
+        return torch.from_numpy(self.teacher_temp_schedule)[epoch]
+
+    def current_center(self, teacher_output: Tensor, teacher_temp: float | Tensor) -> Tensor:
+        """The centre (K,) subtracted from these teacher logits (..., K): the only place that chooses one."""
+        if self.centering == "sinkhorn":
+            return ops.sinkhorn_center(teacher_output, teacher_temp)
+        return self.center[0].clone()  # the backward reads it, perhaps after update_center has written
+
     def cross_entropy(
-        self, student_output: Tensor, teacher_output: Tensor, epoch: int, *, inplace_backward: bool = False
+        self,
+        student_output: Tensor,
+        teacher_output: Tensor,
+        teacher_temp: float | Tensor,
+        *,
+        inplace_backward: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The loss of `forward`, leaving the centre as it is, and the mean (K,) of the teacher's rows.
 
         The mean comes out of the loss's pass over them and is for `update_center`. `inplace_backward` writes
         the gradient over `student_output`, which nobody may read after the loss (see `ops.dino_loss`).
         """
-        out_dim, last = self.center.shape[1], len(self.teacher_temp_schedule) - 1
+        out_dim = self.center.shape[1]
         given = f"student_output {tuple(student_output.shape)}, teacher_output {tuple(teacher_output.shape)}"
         if student_output.dim() != 2 or teacher_output.dim() != 2:
             raise ValueError(f"{given}: give two matrices, rows by out_dim {out_dim}")
@@ -124,18 +142,10 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f"{given}: for B images the student has ncrops * B = {self.ncrops} B rows, the teacher 2 B"
             )
-        if not 0 <= epoch <= last:
-            raise ValueError(f"epoch is {epoch} but the schedule was made for epochs 0 to {last} (nepochs)")
-        # as a tensor: torch.compile then takes no graph of its own for each epoch
-        teacher_temp = torch.from_numpy(self.teacher_temp_schedule)[epoch]
-        if self.centering == "sinkhorn":
-            center = ops.sinkhorn_center(teacher_output, teacher_temp)
-        else:
-            center = self.center[0].clone()  # the backward reads it, perhaps after update_center has written
         loss, teacher_mean = ops.dino_loss(
             student_output.unflatten(0, (self.ncrops, images)),
             teacher_output.detach().unflatten(0, (2, images)),
-            center,
+            self.current_center(teacher_output, teacher_temp),
             student_temp=self.student_temp,
             teacher_temp=teacher_temp,
             inplace_backward=inplace_backward,
@@ -155,9 +165,9 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def move_center(self, mean: Tensor) -> None:
-        """`update_center` with the mean (K,) over all images, global crops and ranks, for who has it.
+        """`update_center` with a mean (K,) that is over all images, global crops and ranks already.
 
-        So a trainer can send it behind the backward pass.
+        A trainer all-reduces it while the backward pass runs.
         """
         if self.centering == "ema":
             self.center.lerp_(mean.to(self.center.dtype).unsqueeze(0), 1 - self.center_momentum)

@@ -1,14 +1,16 @@
-"""Parameter groups, schedules, clipping, the frozen last layer, LARS (paper, section 3.2).
+"""Schedules, parameter groups, clipping, the frozen last layer, LARS (paper, section 3.2).
 
 Nothing here waits for the device: what must be decided from a gradient's value is decided there.
 """
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import OptimConfig, number
+from fastdino.config import Config, OptimConfig, number
 from fastdino.distributed import is_sharded, local, norms, sharded_like
 
 
@@ -28,9 +30,132 @@ def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> int:
     return int(epochs * steps_per_epoch)
 
 
+def temperature_warmup_epochs(config: Config) -> int:
+    """Epochs of teacher-temperature warm-up: as configured, or three tenths of a run that is shorter than it.
+
+    Three tenths is what the published recipe has: 30 epochs of 100.
+    """
+    epochs = config.method.warmup_teacher_temp_epochs
+    return epochs if epochs <= config.optim.epochs else round(0.3 * config.optim.epochs)
+
+
+def teacher_temperatures(first: float, final: float, warmup_epochs: int, epochs: int) -> np.ndarray:
+    """Teacher temperature of each epoch, float64 (epochs,): linear from `first`, then constant at `final`.
+
+    The last epoch of the warm-up has `final` already, as in official DINO.
+    """
+    warmup = np.linspace(first, final, warmup_epochs)
+    return np.concatenate((warmup, np.full(epochs - warmup_epochs, final)))
+
+
 def peak_lr(config: OptimConfig) -> float:
     """Learning rate after warm-up: `lr` is per 256 images."""
     return number(config.lr) * config.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What the schedules say of one update; `Schedule.at` makes it."""
+
+    step: int
+    """Updates before this one: the first has 0."""
+    epoch: int
+    """Epochs before this one."""
+    lr: float
+    """Learning rate of all parameter groups."""
+    weight_decay: float
+    """Weight decay of the first parameter group; the other has none."""
+    momentum: float
+    """m in teacher <- m teacher + (1 - m) student."""
+    teacher_temp: float
+    """Softmax temperature of the teacher."""
+    freeze_last_layer: bool
+    """The prototypes get neither gradient nor decay."""
+    freeze_backbone: bool
+    """Only the head learns (--head-warmup-steps)."""
+    begins_epoch: bool
+    """First update of its epoch."""
+    ends_epoch: bool
+    """Last update of its epoch."""
+    logs: bool = False
+    """A metrics line is written after it, with the diagnostics of its batch."""
+    saves: bool = False
+    """A checkpoint is written after it."""
+    evaluates: bool = False
+    """k-NN accuracy is measured after it, if the images have labels."""
+
+
+class Schedule:
+    """Every number that changes during a run, as a pure function of the step (paper, appendix B).
+
+    The learning rate rises linearly and then follows a cosine; weight decay and the teacher's momentum follow
+    a cosine; the teacher temperature rises linearly by epoch. A warm-up that is longer than the run is
+    shortened, which `notes` says.
+
+    Args:
+        config: the run; its optim, method and run parts are read.
+        steps_per_epoch: updates in one pass over the images, 1 or more.
+
+    Attributes:
+        total_steps: updates of the whole run.
+        keep_every: updates between two checkpoints that are kept for good; 0 keeps none.
+        notes: a sentence on each thing that is not as configured.
+
+    Raises:
+        ValueError: no step in an epoch, --head-warmup-steps as long as the run, or a number that is `auto`.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
+        cfg, method = config.optim, config.method
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch is {steps_per_epoch}: give the updates of an epoch, 1 or more")
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.total_steps = cfg.epochs * steps_per_epoch
+        if cfg.head_warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"--head-warmup-steps {cfg.head_warmup_steps}: the run has {self.total_steps} updates, give "
+                "fewer than those"
+            )
+        self.keep_every = config.run.keep_every_epochs * steps_per_epoch
+        self.peak_lr, self.first_momentum = peak_lr(cfg), number(method.momentum_teacher)
+        self.lr_warmup = warmup_steps(cfg, steps_per_epoch)
+        self.teacher_temps = teacher_temperatures(
+            method.warmup_teacher_temp, method.teacher_temp, temperature_warmup_epochs(config), cfg.epochs
+        )
+        self.notes: list[str] = []
+        if cfg.warmup_epochs > cfg.epochs or method.warmup_teacher_temp_epochs > cfg.epochs:
+            self.notes.append("a warm-up longer than the run was shortened to its published share of it")
+
+    def at(self, step: int) -> StepSettings:
+        """The settings of update `step`, 0 to total_steps - 1; raises ValueError outside of those."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step is {step}, but the run has steps 0 to {self.total_steps - 1}")
+        cfg, run, total, done = self.config.optim, self.config.run, self.total_steps, step + 1
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        ends_epoch = in_epoch == self.steps_per_epoch - 1
+        head_only = cfg.head_warmup_steps
+        if step < head_only:
+            lr = self.peak_lr * done / head_only
+        else:
+            lr = cosine(step - head_only, self.peak_lr, cfg.min_lr, total - head_only, self.lr_warmup)
+        saves = done == total or done % run.save_every == 0
+        saves |= self.keep_every > 0 and done % self.keep_every == 0
+        every = run.knn_every_epochs
+        return StepSettings(
+            step=step,
+            epoch=epoch,
+            lr=lr,
+            weight_decay=cosine(step, cfg.weight_decay, cfg.weight_decay_end, total),
+            momentum=cosine(step, self.first_momentum, 1.0, total),
+            teacher_temp=float(self.teacher_temps[epoch]),
+            freeze_last_layer=epoch < cfg.freeze_last_layer,
+            freeze_backbone=step < head_only,
+            begins_epoch=in_epoch == 0,
+            ends_epoch=ends_epoch,
+            logs=done % run.log_every == 0 or ends_epoch or saves,
+            saves=saves,
+            evaluates=every > 0 and ends_epoch and ((epoch + 1) % every == 0 or done == total),
+        )
 
 
 def param_groups(model: nn.Module) -> list[dict]:
@@ -100,7 +225,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     torch's fused ones, which can skip a non-finite step on the device.
 
     Of sharded parameters it has this rank's shards, as tensors of their own in the same memory, to which
-    `hand_over_gradients` gives theirs: a fused step knows no DTensor, and needs none.
+    `attach_shard_gradients` gives theirs: a fused step knows no DTensor, and needs none.
     """
     groups = param_groups(model)
     for group in groups:
@@ -131,8 +256,8 @@ def _shard(p: nn.Parameter) -> nn.Parameter:
     return shard
 
 
-def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimiser's shards the gradients of what they are shards of; call it before using them."""
+def attach_shard_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser's shards the gradients of the sharded parameters; call it before using those."""
     for group in optimizer.param_groups:
         for shard in group["params"]:
             if (p := getattr(shard, "sharded", None)) is not None:
@@ -153,7 +278,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def drop_last_layer_gradients(model: nn.Module) -> None:
+def cancel_last_layer_gradients(model: nn.Module) -> None:
     """Freeze the prototypes for this step: without a gradient they get neither update nor decay."""
     for name, parameter in model.named_parameters():
         if "last_layer" in name:

@@ -13,19 +13,18 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from counting import loopback_bytes
+from faults import ScaleOne, feed_that_calls
 from tiny import make_config
 from torch.distributed.checkpoint import filesystem
 
 from fastdino import checkpoint, data, distributed, train, vit
-from fastdino.dino import DINO
+from fastdino.data.feed import Feed
 
 # Of the processes: this folder and the checkout.
 PYTHONPATH = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
@@ -55,20 +54,6 @@ def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, 
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
-def in_update(step: int, act: Callable[[], None]) -> None:
-    """Have `act` called in the forward pass of update `step` of this process."""
-    original, count = DINO.forward, 0
-
-    def forward(self: DINO, *args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == step:
-            act()
-        return original(self, *args)
-
-    DINO.forward = forward  # type: ignore[method-assign]
-
-
 def once(marker: Path) -> bool:
     """Whether this is the first time."""
     if marker.exists():
@@ -81,28 +66,28 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare(job: dict[str, Any], rank: int) -> None:
-    """Have go wrong what `job` says."""
-    out = Path(job["out"])
+def prepare(job: dict[str, Any], rank: int) -> type[Feed]:
+    """Have go wrong what `job` says; returns the feed of the run."""
+    out, feed = Path(job["out"]), Feed
 
     def mine(name: str) -> Any:
         what = job.pop(name, None)
         return what if what and what["rank"] == rank else None
 
     if what := mine("stop"):
-        in_update(what["step"], lambda: os.kill(os.getpid(), signal.SIGTERM))
+        feed = feed_that_calls(lambda: os.kill(os.getpid(), signal.SIGTERM), what["step"])
     if what := mine("raise"):
 
         def fail() -> None:
             raise RuntimeError("something broke here")
 
-        in_update(what["step"], fail)
+        feed = feed_that_calls(fail, what["step"])
     if what := mine("full"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (what["bytes"], what["bytes"]))
     if (what := mine("kill")) and once(out.with_name(f"{out.name}.killed")):
         if what["when"] == "update":
-            in_update(what["step"], die)
+            feed = feed_that_calls(die, what["step"])
         elif what["when"] == "write":
             write = filesystem.FileSystemWriter.write_data
 
@@ -122,6 +107,7 @@ def prepare(job: dict[str, Any], rank: int) -> None:
                 sync(path)
 
             checkpoint.sync = before_rename
+    return feed
 
 
 def keep_draws(folder: Path, rank: int) -> None:
@@ -188,21 +174,16 @@ def run() -> None:
             continue
         if job.pop("draws", False):
             keep_draws(path.parent, place.rank)
-        forward = DINO.forward
-        scaler = torch.amp.GradScaler, train.ShardedGradScaler
-        if job.get("precision") == "fp16":  # at the scale that it begins with all these updates overflow
-            torch.amp.GradScaler, train.ShardedGradScaler = (partial(s, init_scale=1.0) for s in scaler)  # type: ignore[misc,assignment]
-        prepare(job, place.rank)
+        feed = prepare(job, place.rank)
         config = make_config(Path(job.pop("images")), Path(job.pop("out")), **job)
         dist.barrier()
         before = loopback_bytes()
-        train.command(config)
+        # at the scale that fp16 begins with, all these updates overflow
+        train.command(config, feed_type=feed, update_type=ScaleOne)
         dist.barrier()
         sent.append(loopback_bytes() - before)
         if place.rank == 0:
             (path.parent / "sent.json").write_text(json.dumps(sent))
-        DINO.forward = forward  # type: ignore[method-assign]
-        torch.amp.GradScaler, train.ShardedGradScaler = scaler  # type: ignore[misc]
 
 
 if __name__ == "__main__":

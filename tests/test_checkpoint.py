@@ -26,7 +26,6 @@ from torch import nn
 
 from fastdino import checkpoint
 from fastdino.config import from_dict, to_dict
-from fastdino.files import write_atomically
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -160,20 +159,6 @@ while True:
             state, _ = checkpoint.read_teacher(tmp_path)
             assert len(state["weight"].unique()) == 1
     assert newest > 0
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text("old")
-
-    def fail(beside: Path) -> None:
-        beside.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_claim_continues_the_same_run_and_names_what_differs(tmp_path: Path) -> None:

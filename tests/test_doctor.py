@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastdino import train
 from fastdino.data import samples
-from fastdino.monitor import VITALS, Doctor, read_metrics, vitals
+from fastdino.diagnostics import DIAGNOSTICS, Doctor, batch_diagnostics
+from fastdino.monitor import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,9 @@ def test_a_healthy_run_is_left_in_peace(images, tmp_path, capsys):
     assert [sign for sign in SAID if sign in said] == []
     lines = read_metrics(tmp_path / "run")
     for line in lines:
-        assert all(math.isfinite(line[name]) for name in (*VITALS, "kl", "center_norm", "teacher_distance"))
+        assert all(
+            math.isfinite(line[name]) for name in (*DIAGNOSTICS, "kl", "center_norm", "teacher_distance")
+        )
         assert 0 < line["teacher_entropy"] < math.log(96)
     # in lines of one step the loss is what the two parts of it add up to
     (first,) = [
@@ -134,7 +137,7 @@ def run_of_single_steps(images: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def reference(teacher: Tensor, center: Tensor, temp: float, student: Tensor, features: Tensor) -> list[float]:
-    """`vitals` by its words, in float64, with a singular value decomposition for the rank."""
+    """`batch_diagnostics` by its words, in float64, with a singular value decomposition for the rank."""
     teacher, center, student, features = (x.double() for x in (teacher, center, student, features))
     q = torch.softmax((teacher - center) / temp, dim=1)
     entropy = -(q * q.log()).sum(1).mean()
@@ -152,31 +155,31 @@ def reference(teacher: Tensor, center: Tensor, temp: float, student: Tensor, fea
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k", "d"), [(8, 50, 6), (37, 200, 16), (2, 10, 40)])
-def test_vitals_are_their_formulas(n: int, k: int, d: int, dtype: torch.dtype):
+def test_diagnostics_are_their_formulas(n: int, k: int, d: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(n)
     teacher, student = (torch.randn(m, k, generator=generator).to(dtype) for m in (n, 5 * n))
     center, features = torch.randn(k, generator=generator) / 3, torch.randn(n, d, generator=generator) + 0.5
     with torch.autocast("cpu", torch.bfloat16):  # as in training
-        got = vitals(teacher, center, 0.3, student, features.to(dtype))
+        got = batch_diagnostics(teacher, center, 0.3, student, features.to(dtype))
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx(
         reference(teacher, center, 0.3, student, features.to(dtype)), rel=2e-5
     )
 
 
-def test_vitals_at_their_ends():
+def test_diagnostics_at_their_ends():
     k = 64
     same = torch.zeros(16, k)
     onehot = torch.zeros(16, k)
     onehot[:, 3] = 1e4
     directions = torch.eye(16)
-    entropy, used, _, spread, rank = vitals(
+    entropy, used, _, spread, rank = batch_diagnostics(
         same, torch.zeros(k), 0.04, -7 * torch.ones(4, k), directions
     ).tolist()
     assert (entropy, used) == pytest.approx((math.log(k), k))
     assert spread == pytest.approx(0.968, abs=1e-3)  # sqrt(15 / 16)
     assert rank == pytest.approx(15)
-    entropy, used, logit, spread, rank = vitals(
+    entropy, used, logit, spread, rank = batch_diagnostics(
         onehot, torch.zeros(k), 0.04, onehot, torch.ones(16, 8)
     ).tolist()
     assert (entropy, used, logit) == pytest.approx((0, 1, 1e4))

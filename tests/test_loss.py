@@ -181,7 +181,7 @@ def test_cross_entropy_leaves_the_centre_and_update_center_moves_it_as_forward_d
     for each in (loss, other):
         each.center.normal_(generator=torch.Generator().manual_seed(1))
     before = loss.center.clone()
-    value, mean = loss.cross_entropy(student, teacher, 2)
+    value, mean = loss.cross_entropy(student, teacher, loss.teacher_temp(2))
     assert torch.equal(loss.center, before)
     loss.update_center(mean)
     assert torch.equal(value, other(student, teacher, 2))

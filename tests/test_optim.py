@@ -203,7 +203,7 @@ def test_state_made_early_changes_nothing(name, frozen_steps, poison):
         for model, o in ((ours, optimizer), (theirs, reference)):
             gradients(model, step)
             if step < frozen_steps:
-                optim.drop_last_layer_gradients(model)
+                optim.cancel_last_layer_gradients(model)
             for group in o.param_groups:
                 group["lr"] = 0.01 * (step + 1)
             o.param_groups[0]["weight_decay"] = 0.1 * (step + 1)
@@ -215,10 +215,10 @@ def test_state_made_early_changes_nothing(name, frozen_steps, poison):
     assert not torch.equal(ours.head.last_layer.weight_v, early)
 
 
-def test_drop_last_layer_gradients_takes_those_of_the_prototypes_alone():
+def test_cancel_last_layer_gradients_takes_those_of_the_prototypes_alone():
     model = Network(norm_last_layer=False)
     gradients(model, 0)
-    optim.drop_last_layer_gradients(model)
+    optim.cancel_last_layer_gradients(model)
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert without == {"head.last_layer.weight_g", "head.last_layer.weight_v"}
 

@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import ScaleOne
 from ranks import PYTHONPATH, launch, start
-from test_train import final_tensors
-from tiny import make_config, make_images
+from tiny import final_tensors, make_config, make_images
 from torch import Tensor, nn
 
 from fastdino import checkpoint
@@ -89,13 +88,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, Path]:
     """The runs of one process."""
     outs = {name: tmp_path_factory.mktemp("alone") for name in SINGLE}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1.0))
-        for name, out in outs.items():
-            if "init_from" in SINGLE[name]:
-                SINGLE[name]["init_from"] = str(outs["sgd"])
-            train(make_config(images, out, **COMMON, knn_every_epochs=1, **SINGLE[name]))
-            assert all(m["skipped"] == 0 for m in read_metrics(out)) == (name != "overflow")
+    for name, out in outs.items():
+        if "init_from" in SINGLE[name]:
+            SINGLE[name]["init_from"] = str(outs["sgd"])
+        config = make_config(images, out, **COMMON, knn_every_epochs=1, **SINGLE[name])
+        train(config, update_type=ScaleOne)
+        assert all(m["skipped"] == 0 for m in read_metrics(out)) == (name != "overflow")
     return outs
 
 
@@ -141,7 +139,6 @@ def test_several_ranks_do_what_one_does(
     for i, (name, flags) in enumerate(SEVERAL[ranks]):
         initial = start_of(make_config(images, tmp_path, **COMMON, **SINGLE[name]))
         found = differences(alone[name], tmp_path / f"{i}", initial)
-        print(ranks, name, flags, found)
         # A gradient summed, not averaged, a rank's own centre, an update left out: 0.1 and more. AdamW
         # enlarges what rounding leaves of gradients that are 0; it decides a ReLU that stands near 0.
         rough = {"adamw": 1e-2, "resnet": 2e-2, "fp16": 2e-2, "overflow": 2e-2, "bf16": 0.15}

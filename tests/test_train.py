@@ -1,31 +1,32 @@
 """fastdino-train: resuming, stopping, bad images, non-finite steps, host syncs, and what a person is told."""
 
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from counting import CountSyncs
-from PIL import Image
+from faults import ScaleOne, feed_that_calls, with_infinite_gradients, with_nan_losses
 from safetensors import safe_open
-from tiny import make_config, make_images
+from tiny import final_tensors, make_config, make_images
 from torch import Tensor
 
 from fastdino import checkpoint, train
 from fastdino.config import Config
-from fastdino.data.sources import Files
+from fastdino.data import Batch
+from fastdino.data.feed import Feed, Piece
 from fastdino.dino import DINO
 from fastdino.monitor import Monitor, read_metrics
+from fastdino.update import Update
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +35,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 19, classes=2)
 
 
-def final_tensors(out: Path, step: int) -> dict[str, Tensor]:
-    """Every tensor of checkpoint `step`: student, teacher, centre, optimiser."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    path = checkpoint.checkpoints(out)[step]
-    shapes = FileSystemReader(path).read_metadata().state_dict_metadata
-    into = {name: torch.zeros(m.size, dtype=m.properties.dtype) for name, m in shapes.items()}
-    checkpoint.load(path, into)
-    return into
-
-
-def run_until(config: Config, step: int, signum: int = signal.SIGTERM) -> None:
+def run_until(config: Config, step: int, signum: int = signal.SIGTERM, **types: Any) -> None:
     """Train in this process and send it `signum` during update `step`."""
-    original, count = DINO.forward, 0
-
-    def forward(self: DINO, *args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == step:
-            os.kill(os.getpid(), signum)
-        return original(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DINO, "forward", forward)
-        with pytest.raises(train.Interrupted) as stopped:
-            train.train(config)
+    feed = feed_that_calls(lambda: os.kill(os.getpid(), signum), step)
+    with pytest.raises(train.Interrupted) as stopped:
+        train.train(config, feed_type=feed, **types)
     assert stopped.value.signum == signum
 
 
@@ -87,10 +67,9 @@ def test_resumed_run_equals_the_uninterrupted_bit_for_bit(images: Path, tmp_path
     whole = make_config(images, tmp_path / "whole", **flags)
     train.train(whole)
     config = make_config(images, tmp_path / "stopped", **{**flags, "log_every": 3})
-    pieces = config.optim.accumulate
-    run_until(config, 3 * pieces, signal.SIGTERM)  # in the middle of the second epoch
+    run_until(config, 3, signal.SIGTERM)  # in the middle of the second epoch
     assert list(checkpoint.checkpoints(tmp_path / "stopped")) == [3]
-    run_until(config, 2 * pieces, signal.SIGINT)
+    run_until(config, 2, signal.SIGINT)
     assert max(checkpoint.checkpoints(tmp_path / "stopped")) == 5
     train.train(config)
     expected, got = final_tensors(tmp_path / "whole", 6), final_tensors(tmp_path / "stopped", 6)
@@ -100,29 +79,41 @@ def test_resumed_run_equals_the_uninterrupted_bit_for_bit(images: Path, tmp_path
     assert read_metrics(tmp_path / "stopped")[-1]["step"] == 6
 
 
+class SlowFeed(Feed):
+    """Waits 0.16 s for each batch."""
+
+    def __init__(self, loader: Iterable[Batch], *arguments: Any) -> None:
+        def slowly() -> Iterator[Batch]:
+            for batch in loader:
+                time.sleep(0.16)
+                yield batch
+
+        super().__init__(slowly(), *arguments)
+
+
+class PromptFeed(Feed):
+    """Says that nothing was waited for."""
+
+    def __next__(self) -> Piece:
+        views, tally = super().__next__()
+        return Piece(views, tally._replace(waited=0.0))
+
+
 def test_waiting_for_images_is_measured_and_said_once_with_what_helps(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = Files.load
-
-    def slowly(self: Files, i: int, **options: int) -> Image.Image:
-        time.sleep(0.02)
-        return load(self, i, **options)
-
-    monkeypatch.setattr(Files, "load", slowly)
-    train.train(make_config(images, tmp_path / "slow", epochs=3))
+    train.train(make_config(images, tmp_path / "slow", epochs=3), feed_type=SlowFeed)
     said = capsys.readouterr().out
     assert len(re.findall("of the time training waits for images; what may help: more --workers", said)) == 1
     assert "step 2: " in said.partition("of the time training waits")[0].splitlines()[-1]
     for line in read_metrics(tmp_path / "slow"):
-        assert 8 * 0.02 * line["images_per_s"] / 8 <= line["data_wait"] * 1.05 <= 1.05
+        assert 0.16 * line["images_per_s"] / 8 <= line["data_wait"] * 1.05 <= 1.05
 
 
 def test_a_run_that_does_not_wait_says_nothing_of_it(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "DATA_WAIT", 1.0)
-    train.train(make_config(images, tmp_path / "run", epochs=3))
+    train.train(make_config(images, tmp_path / "run", epochs=3), feed_type=PromptFeed)
     assert "waits for images" not in capsys.readouterr().out
 
 
@@ -174,16 +165,8 @@ def test_preemption_saves_and_exits_as_a_requeue_understands(
     signum: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(images, tmp_path, epochs=2)
-    original = DINO.forward
-
-    def forward(self: DINO, *args: Any) -> Any:
-        os.kill(os.getpid(), signum)
-        return original(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DINO, "forward", forward)
-        with pytest.raises(SystemExit) as left:
-            train.command(config)
+    with pytest.raises(SystemExit) as left:
+        train.command(config, feed_type=feed_that_calls(lambda: os.kill(os.getpid(), signum), 1))
     assert left.value.code == train.REQUEUE == 75
     assert f"saved {tmp_path} at step 1 of 4; the same command continues it" in capsys.readouterr().err
     assert list(checkpoint.checkpoints(tmp_path)) == [1]
@@ -280,15 +263,13 @@ def test_finished_run_is_left_alone(images: Path, tmp_path: Path, capsys: pytest
 def test_all_files_are_left_and_the_teacher_is_there_from_the_start(images: Path, tmp_path: Path) -> None:
     config = make_config(images, tmp_path, epochs=2, knn_every_epochs=1, save_every=3, keep_every_epochs=1)
     seen = []
-    original = DINO.forward
 
-    def forward(self: DINO, *args: Any) -> Any:
-        seen.append((tmp_path / "teacher.safetensors").exists())
-        return original(self, *args)
+    class Looking(Feed):
+        def __next__(self) -> Piece:
+            seen.append((tmp_path / "teacher.safetensors").exists())
+            return super().__next__()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DINO, "forward", forward)
-        last = train.train(config)
+    last = train.train(config, feed_type=Looking)
     assert seen == [True] * 4
     names = {p.name for p in tmp_path.iterdir() if p.name != ".lock"}
     assert names == {
@@ -341,49 +322,19 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(
     assert counts[0] == counts[1]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[Any]:
-    """A function that makes the losses of the given updates NaN, through the student's logits."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def poison(updates: set[int]) -> None:
-            original, count = DINO.forward, 0
-
-            def forward(self: DINO, *args: Any) -> Any:
-                nonlocal count
-                count += 1
-                loss, mean = original(self, *args)
-                if count in updates:
-                    return loss * math.nan, mean * math.nan
-                return loss, mean
-
-            patch.setattr(DINO, "forward", forward)
-
-        yield poison
-
-
-@pytest.fixture
-def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 loss scaling starts at 1, at which the tiny network does not overflow."""
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1.0))
-
-
 @pytest.mark.parametrize(
     ("optimizer", "precision"), [("adamw", "fp32"), ("sgd", "fp32"), ("lars", "fp32"), ("adamw", "fp16")]
 )
-@pytest.mark.usefixtures("scale_one")
 def test_a_non_finite_step_is_skipped_and_named(
     images: Path,
     tmp_path: Path,
-    poisoned: Any,
     capsys: pytest.CaptureFixture[str],
     optimizer: str,
     precision: str,
 ) -> None:
     flags = {"optimizer": optimizer, "precision": precision, "save_every": 1, "keep": 9, "log_every": 4}
     config = make_config(images, tmp_path, epochs=2, **flags)
-    poisoned({2})
-    train.train(config)
+    train.train(config, update_type=with_nan_losses(2))
     before, after = final_tensors(tmp_path, 1), final_tensors(tmp_path, 2)
     unchanged = [k for k in before if not k.startswith("teacher.")]
     assert [k for k in unchanged if not torch.equal(before[k], after[k])] == []
@@ -398,35 +349,22 @@ def test_a_non_finite_step_is_skipped_and_named(
     assert read_metrics(tmp_path)[-1]["skipped"] == 1
 
 
-def test_too_many_non_finite_steps_in_a_row_stop_the_run(images: Path, tmp_path: Path, poisoned: Any) -> None:
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(images: Path, tmp_path: Path) -> None:
     config = make_config(images, tmp_path, epochs=9, save_every=2, max_nonfinite=3)
-    poisoned({2, 4, 5, 6})
     message = (
         r"stopped at step 6: 3 non-finite steps in a row\. The last good checkpoint is .*step_4\. Lower --lr"
     )
     with pytest.raises(train.RunError, match=message):
-        train.train(config)
+        train.train(config, update_type=with_nan_losses(2, 4, 5, 6))
     assert all(v.isfinite().all() for v in final_tensors(tmp_path, 4).values())
 
 
 @pytest.mark.parametrize(("precision", "reported"), [("fp16", 0), ("fp32", 1)])
-@pytest.mark.usefixtures("scale_one")
 def test_a_gradient_overflow_is_skipped_and_is_news_only_without_a_scaler(
     images: Path, tmp_path: Path, precision: str, reported: int
 ) -> None:
-    original, count = DINO.forward, 0
-
-    def forward(self: DINO, *args: Any) -> Any:
-        nonlocal count
-        count += 1
-        loss, mean = original(self, *args)
-        if count == 2:
-            loss.register_hook(lambda gradient: gradient * math.inf)
-        return loss, mean
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DINO, "forward", forward)
-        train.train(make_config(images, tmp_path, epochs=2, precision=precision))
+    config = make_config(images, tmp_path, epochs=2, precision=precision)
+    train.train(config, update_type=with_infinite_gradients(2))
     tensors = final_tensors(tmp_path, 4)
     assert all(v.isfinite().all() for v in tensors.values())
     assert tensors["optimizer.backbone.cls_token.step"] == 3
@@ -473,10 +411,15 @@ def test_a_continued_run_may_find_its_images_elsewhere(images: Path, tmp_path: P
 
 def test_a_continued_run_refuses_another_precision(images: Path, tmp_path: Path) -> None:
     run_until(make_config(images, tmp_path, epochs=2, precision="auto"), 2)
-    with pytest.MonkeyPatch.context() as patch:  # the same command on another machine
-        patch.setattr(train, "choose_precision", lambda name, device: torch.float16)
-        with pytest.raises(ValueError, match=r"was trained in torch\.\w+, not torch\.float16.*--precision"):
-            train.train(make_config(images, tmp_path, epochs=2, precision="auto"))
+
+    class OnAnotherMachine(Update):
+        def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
+            super().__init__(
+                replace(config, run=replace(config.run, precision="fp16")), *arguments, **options
+            )
+
+    with pytest.raises(ValueError, match=r"was trained in torch\.\w+, not torch\.float16.*--precision"):
+        train.train(make_config(images, tmp_path, epochs=2, precision="auto"), update_type=OnAnotherMachine)
 
 
 def test_knn_that_cannot_be_made_does_not_end_the_run(
@@ -670,15 +613,13 @@ needs_gpu = [
 
 
 @pytest.mark.parametrize("precision", [pytest.param(p, marks=needs_gpu) for p in ("fp32", "bf16", "fp16")])
-def test_a_run_on_a_gpu_follows_the_one_on_a_cpu(
-    tmp_path: Path, images: Path, precision: str, scale_one: None
-) -> None:
+def test_a_run_on_a_gpu_follows_the_one_on_a_cpu(tmp_path: Path, images: Path, precision: str) -> None:
     """Compiled, by the Triton kernels; stopped, and gone on with."""
     flags: dict[str, Any] = {"drop_path_rate": 0.2, "teacher_temp": 0.05, "lr": 0.1}
     train.train(make_config(images, tmp_path / "cpu", **flags))
     config = make_config(images, tmp_path / "gpu", device="cuda", compile="on", precision=precision, **flags)
-    run_until(config, 5)
-    train.train(config)
+    run_until(config, 5, update_type=ScaleOne)
+    train.train(config, update_type=ScaleOne)
     cpu, gpu = (torch.tensor([m["loss"] for m in read_metrics(tmp_path / name)]) for name in ("cpu", "gpu"))
     assert len(gpu) == len(cpu) == 10
     assert ((gpu - cpu).abs() / cpu).max() < BAND

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
 
 
@@ -46,3 +50,12 @@ def _changed(node: Any, flags: dict[str, Any]) -> Any:
         elif field.name in flags:
             values[field.name] = flags.pop(field.name)
     return dataclasses.replace(node, **values)
+
+
+def final_tensors(out: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of checkpoint `step`: student, teacher, centre, optimiser."""
+    path = checkpoint.checkpoints(out)[step]
+    shapes = FileSystemReader(path).read_metadata().state_dict_metadata
+    into = {name: torch.zeros(m.size, dtype=m.properties.dtype) for name, m in shapes.items()}
+    checkpoint.load(path, into)
+    return into
