@@ -1,4 +1,4 @@
-"""What every benchmark shares: cases, an interleaved clock, peak memory, the machine's stamp, tables, bars."""
+"""What every benchmark shares: cases, an interleaved clock, peak memory, stamps, tables, bars."""
 
 import argparse
 import ctypes
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdino import ops
-from fastdino.files import write_atomically
+from fastdino.files import write_text
 from fastdino.ops import native
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ class Case:
         for name, run in self.variants.items():
             for prepare in filter(None, (self.reset, self.setup)):
                 prepare()
-            found = [x.detach().double() for x in run() or ()]
+            found = [x.detach().double() for x in run() or ()]  # None: not compared
             if found and not expected:
                 expected = [x.clone() for x in found]
             errors = [off(x, y) for x, y in zip(found, expected, strict=True)] if found else []
@@ -131,27 +131,31 @@ class Clock:
 
 def interleave(
     timed: Timed,
-    clock: Callable[[Callable[[], object]], float],
+    clock: Callable[[Callable[[], Any]], float],
     seconds: float,
     rounds: int,
     setup: Callable[[], object] | None = None,
+    *,
+    warm: int = 1,
+    due: int = 1,
 ) -> dict[str, list[float]]:
     """Times of every variant, one of each a round in an order drawn anew: a disturbance meets all of them.
 
-    The first call of each is not counted. At least one round, then more while `seconds` last.
+    The first `warm` rounds are not counted. `due` rounds are made in any case, more while `seconds` last.
     """
     times: dict[str, list[float]] = {name: [] for name in timed}
     start = time.perf_counter()
-    for done in range(rounds + 1):
-        if done > 1 and time.perf_counter() - start > seconds:
-            break
+    for done in range(-warm, rounds):
+        began = time.perf_counter()
+        start = began if done == 0 else start
         for name, run in random.Random(done).sample([*timed.items()], len(timed)):
             if setup:
                 setup()
             times[name].append(clock(run))
-        if done == 0:
-            start = time.perf_counter()
-    return {name: ms[1:] for name, ms in times.items()}
+        now = time.perf_counter()
+        if done + 1 >= due and now - start + (now - began) > seconds:
+            break
+    return {name: ms[warm:] for name, ms in times.items()}
 
 
 def spread(values: Sequence[float]) -> Row:
@@ -280,7 +284,12 @@ class Results:
     """
 
     def __init__(
-        self, module: str, title: str, table: Callable[[list[Row]], str], args: argparse.Namespace
+        self,
+        module: str,
+        title: str,
+        table: Callable[[list[Row]], str],
+        args: argparse.Namespace,
+        continues: bool = True,
     ) -> None:
         self.title, self.table, self.conditions = title, table, Conditions()
         self.about = machine(torch.device(args.device))
@@ -290,7 +299,7 @@ class Results:
         self.stored_about, self.stored = before["about"], before["rows"]
         self.rows: list[Row] = []
         for key in ("device", "processor"):
-            if (old := self.stored_about.get(key, self.about[key])) != self.about[key]:
+            if (old := self.stored_about.get(key, self.about[key])) != self.about[key] and continues:
                 raise SystemExit(
                     f"{stored} was measured on {old} and this is {self.about[key]}: give another --out"
                 )
@@ -311,10 +320,10 @@ class Results:
             "table.md": f"# {self.title}\n\n{lines}\n{self.table(self.rows)}",
         }
         for name, text in texts.items():
-            write_atomically(self.out / name, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            write_text(self.out / name, text)
 
 
-def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def parser(doc: str | None) -> argparse.ArgumentParser:
     """--device and --out, with a module's docstring as help."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -322,15 +331,22 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return found
 
 
-def between(x: Row | None, digits: int = 1) -> str:
-    """A median with least and most."""
-    return "" if x is None else f"{x['median']:.{digits}f} ({x['low']:.{digits}f}-{x['high']:.{digits}f})"
+def show(x: Any) -> str:
+    """A cell: three digits of a number; a median with least and most."""
+    if isinstance(x, dict):
+        return f"{show(x['median'])} ({show(x['low'])}-{show(x['high'])})"
+    if isinstance(x, float):
+        return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    return "" if x is None else str(x)
 
 
-def table(title: str, rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> str:
-    """Markdown: a line for each row, a cell for each column."""
-    lines = ["", f"**{title}**", "", f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
+def table(title: str, rows: Sequence[Row], name: str, cells: Sequence[Row]) -> str:
+    """Markdown: a line for each row, which begins with its `name`, a column for each key of its cells."""
+    columns = list(dict.fromkeys(key for line in cells for key in line))
+    columns = [key for key in columns if any(line.get(key) is not None for line in cells)]
+    lines = ["", f"**{title}**", "", f"| {' | '.join([name, *columns])} |", "|---|" + "--:|" * len(columns)]
+    for row, line in zip(rows, cells, strict=True):
+        lines.append(f"| {' | '.join([row[name], *(show(line.get(key)) for key in columns)])} |")
     return "\n".join([*lines, ""])
 
 

@@ -1,4 +1,4 @@
-"""Official DINO's update written from its formulas, and lightly's parts in its place: what fastdino is held to.
+"""Official DINO's update written from its formulas, and lightly's: what fastdino is held to.
 
 Written from the paper (arXiv:2104.14294, algorithm 1 and appendix) and the published defaults; shares no code
 with fastdino but the parameters that it is given. `tests/reference.py` runs the same update in float64 as the
@@ -23,7 +23,7 @@ MOMENTUM = 0.996
 def cross_entropy(
     student: Any, teacher: Any, center: Tensor, student_temp: Any, teacher_temp: Any, once: bool = False
 ) -> Tensor:
-    """The mean of the 2 V - 2 cross-entropies of a teacher's crop and another crop of the student, one by one.
+    """The mean of 2 V - 2 cross-entropies, of a teacher's crop and another crop of the student, one by one.
 
     In float32 or more, as under autocast; the division stays in the logits' precision, as there.
 
@@ -71,12 +71,11 @@ def ema_loop_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 def param_groups(student: nn.Module) -> list[Any]:
     """With weight decay, and without it: biases and one-dimensional parameters."""
-    trained = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-    plain = [n.endswith(".bias") or p.ndim == 1 for n, p in trained]
-    return [
-        {"params": [p for (_, p), without in zip(trained, plain, strict=True) if not without]},
-        {"params": [p for (_, p), without in zip(trained, plain, strict=True) if without], "weight_decay": 0.0},
-    ]
+    groups: list[Any] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            groups[name.endswith(".bias") or p.ndim == 1]["params"].append(p)
+    return groups
 
 
 @torch.no_grad()
@@ -152,11 +151,11 @@ class Update:
             raise SystemExit("the loss is not finite: nothing was timed")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
         return loss, teacher
 
     def clip(self) -> None:
         """Clip the gradients, and drop those of frozen prototypes."""
+        self.scaler.unscale_(self.optimizer)
         clip_(self.student, self.limit)
         if self.freeze_last_layer:
             for name, p in self.student.named_parameters():
@@ -343,6 +342,7 @@ class Lightly(Update):
 
     def clip(self) -> None:
         """By the norm of all."""
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.student.parameters(), self.limit)
 
     def move_teacher(self, teacher: Tensor) -> None:
