@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTED = {  # files, and the packages that their imports need beyond torch and triton
-    "dino_loss ema attention": (),
+    "dino_loss ema packed_attention": (),
     "multi_crop_triton crops loader": ("PIL", "torchvision"),
     "train": ("PIL", "torchvision", "rich", "safetensors", "tyro", "tensorboard", "matplotlib"),
     "dali": ("PIL", "torchvision", "sklearn", "nvidia"),

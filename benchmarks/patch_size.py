@@ -63,7 +63,7 @@ from benchmarks.harness import (
 )
 from benchmarks.update import OPTIMIZATIONS, PARTS, Problem, Shared, Variant, check, model_flops, variants_of
 from fastdino import data
-from fastdino.dino import VITS
+from fastdino.backbones import VITS
 
 TITLE = "Whole updates and patch size"
 MAIN = ("official", "official, compiled", "official, bfloat16", "lightly", "fastdino")

@@ -23,11 +23,12 @@ from benchmarks.harness import Row
 from benchmarks.official import MOMENTUM, STUDENT_TEMP, TEACHER_TEMP
 from benchmarks.ops import per_run
 from fastdino import optim, vit
+from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastdino.data.crops import normalize
-from fastdino.dino import DINO, build_backbone
+from fastdino.dino import DINO
 from fastdino.head import DINOHead
-from fastdino.ops.attention import PLAIN_SCORES, attention_ref, class_tokens
+from fastdino.ops.packed_attention import PLAIN_SCORES, attention_ref, class_tokens
 from fastdino.optim import StepSettings
 from fastdino.update import Update, choose_precision
 from tests.counting import CountSyncs

@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdino.dino import DINO, load_backbone
+    from fastdino.dino import DINO
     from fastdino.head import DINOHead
     from fastdino.loss import DINOLoss
     from fastdino.ops import ema_
     from fastdino.optim import Schedule
     from fastdino.update import Update
     from fastdino.vit import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
+    from fastdino.weights import load_backbone
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +35,7 @@ _MODULES = {
     "Schedule": "optim",
     "Update": "update",
     "ema_": "ops",
-    "load_backbone": "dino",
+    "load_backbone": "weights",
 }
 
 

@@ -3,25 +3,20 @@
 Each is written beside its place, flushed to the disk and renamed, so one that is there is whole.
 """
 
-import argparse
 import json
-import math
 import os
-import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -335,107 +330,3 @@ def is_ours(path: str | Path) -> bool:
             return "fastdino_config" in (file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a file of weights holds, by our names: `backbone.*` and `head.*`."""
-
-    kind: str
-    """What the file is, for people."""
-    teacher: dict[str, Tensor]
-    student: dict[str, Tensor]
-    """The same as `teacher` where the file has one network."""
-    center: Tensor | None = None
-    """The loss's centre, (1, K)."""
-    config: Config | None = None
-    """Of our own files."""
-
-
-def read_weights(path: str | Path) -> Weights:
-    """The networks in a file of weights: ours, official DINO's, DINOv2's, timm's or of a backbone alone.
-
-    Torch-saved or as safetensors. Nothing in the file is executed. Prefixes go (`module.`, `_orig_mod.`,
-    `dino_head.`), no tensor does.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged, that holds code, or no tensors.
-    """
-    path = Path(path)
-    if is_ours(path):
-        state, config = read_teacher(path)
-        return Weights("teacher of a run of fastdino", state, state, config=config)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        else:
-            # where official checkpoints keep their command line
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make torch's reader raise anything
-        # what follows the first sentence is torch's advice to run the file's code
-        why = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{path} cannot be read as weights: {why}") from None
-    if isinstance(found, dict):
-        networks = {part: found[part] for part in ("teacher", "student") if isinstance(found.get(part), dict)}
-        if networks:
-            teacher, student = (
-                _our_names(path, networks.get(part, next(iter(networks.values()))))
-                for part in ("teacher", "student")
-            )
-            loss = found.get("dino_loss")
-            center = loss.get("center") if isinstance(loss, dict) else None
-            kind = f"full checkpoint, {' and '.join(networks)}"
-            return Weights(kind, teacher, student, center if isinstance(center, Tensor) else None)
-        for key in ("state_dict", "model"):
-            if isinstance(found.get(key), dict):
-                found = found[key]
-                break
-    state = _our_names(path, found)
-    return Weights("network" if any(n.startswith("head.") for n in state) else "backbone", state, state)
-
-
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
-
-
-def _our_names(path: Path, found: Any) -> dict[str, Tensor]:
-    """A state dict of a whole network or a backbone alone with our prefixes."""
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
-    ):
-        inside = f"keys {', '.join(map(str, list(found)[:8]))}" if isinstance(found, dict) else type(found)
-        raise ValueError(f"{path} holds no tensors by name, nor under teacher or student: it has {inside}")
-    state = {_PREFIXES.sub("", name): tensor for name, tensor in found.items()}
-    if not any(name.startswith("backbone.") for name in state):
-        return {f"backbone.{name}": tensor for name, tensor in state.items()}
-    return {re.sub(r"^dino_head\.", "head.", name): tensor for name, tensor in state.items()}
-
-
-def vit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT's tensors of DINOv2 or timm by our names, which are official DINO's where that has them.
-
-    DINOv2's training saves its blocks in chunks (blocks.0.11.*). timm calls a SwiGLU's halves and the
-    registers otherwise, and gives positions to the registers too, or to neither them nor the class token.
-    """
-    state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): t for name, t in state.items()}
-    fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    if fc1 is not None and fc2 is not None and fc1.shape[:1] == (2 * fc2.shape[-1],):
-        state = {
-            n.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): t for n, t in state.items()
-        }
-    if "reg_token" in state and "pos_embed" in state:
-        registers, positions = state.pop("reg_token"), state["pos_embed"]
-        first, r = positions[:, :1], registers.shape[1]
-        n = positions.shape[1]
-        if math.isqrt(n) ** 2 == n and positions[:, 1 : 1 + r].any():
-            state["pos_embed"] = torch.cat((torch.zeros_like(first), positions), dim=1)
-        else:
-            registers = registers + positions[:, 1 : 1 + r]
-            state["pos_embed"] = torch.cat((first, positions[:, 1 + r :]), dim=1)
-        state["register_tokens"] = registers
-    return state

@@ -1,23 +1,23 @@
 """`fastdino-export WEIGHTS --to FORMAT`: the trained network in a file for others, checked by loading."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastdino import checkpoint
+from fastdino import checkpoint, cli
 from fastdino.config import Config
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.files import write_atomically
 from fastdino.vit import VisionTransformer
+from fastdino.weights import Weights, load_backbone, read_weights, to_official, to_timm
 
 FILES = {
     "official": "official.pth",
@@ -26,7 +26,7 @@ FILES = {
     "safetensors": "backbone.safetensors",
     "onnx": "backbone.onnx",
 }
-MOST_NUMBERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
+MAX_PARAMETERS = 500_000_000  # float32 in the 2 GB of a protocol buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,54 +56,68 @@ def export(options: Export) -> Path:
         RuntimeError: what was written does not load, or gives other features: nothing is left there.
     """
     source = Path(options.weights)
-    beside = (source if source.is_dir() else source.parent) / FILES[options.to]
-    out = Path(options.out) if options.out else beside
-    if out.suffix != beside.suffix:
-        raise ValueError(f"--out {out}: a file for {options.to} ends in {beside.suffix}")
+    default = (source if source.is_dir() else source.parent) / FILES[options.to]
+    out = Path(options.out) if options.out else default
+    if out.suffix != default.suffix:
+        raise ValueError(f"--out {out}: a file for {options.to} ends in {default.suffix}")
     if out.exists():
         raise ValueError(f"--out {out} exists: remove it, or name another")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
-    weights = checkpoint.read_weights(source)
+    weights = read_weights(source)
     backbone = load_backbone(options.weights)
     crops = weights.config.data.crops if weights.config else None
     size = options.size or (crops.global_crops_size if crops else 224)
     state = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    how = ""
     if options.to == "official":
-        write, check, how = _official(source, weights, backbone)
+        file = _official(source, weights, backbone)
     elif options.to == "timm":
-        write, check, how = _timm(backbone, state, weights.config)
+        file = _timm(backbone, state, weights.config)
     elif options.to == "onnx":
-        write, check, how = _onnx(backbone, size)
+        file = _onnx(backbone, size)
     elif options.to == "torch":
-        write, check = lambda path: torch.save(state, path), lambda path: _equal(_load(path), state)
-        how = "model.load_state_dict(torch.load(FILE))"
+        file = File(
+            lambda path: torch.save(state, path),
+            lambda path: _check_equal(_load(path), state),
+            "model.load_state_dict(torch.load(FILE))",
+        )
     else:
-        write, check = lambda path: save_file(state, path), lambda path: _equal(load_file(path), state)
-        how = "model.load_state_dict(safetensors.torch.load_file(FILE))"
+        file = File(
+            lambda path: save_file(state, path),
+            lambda path: _check_equal(load_file(path), state),
+            "model.load_state_dict(safetensors.torch.load_file(FILE))",
+        )
 
     def write_and_check(path: Path) -> None:
-        write(path)
+        file.write(path)
         try:
-            check(path)
+            file.check(path)
         except Exception as error:  # whatever the other side raises
             raise RuntimeError(f"{options.to} does not load what was written: {error}") from error
 
     write_atomically(out, write_and_check)
-    print(f"{out}  {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers, checked by loading")
-    print(f"use it: {how.replace('FILE', repr(str(out)))}")
+    cli.say(
+        f"{out}  {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers, checked by loading",
+        f"use it: {file.usage.replace('FILE', repr(str(out)))}",
+    )
     return out
 
 
-Way = tuple[Callable[[Path], Any], Callable[[Path], None], str]
+class File(NamedTuple):
+    """A file to write."""
+
+    write: Callable[[Path], Any]
+    check: Callable[[Path], None]
+    """Loads it; raises whatever the loader raises, ValueError on other numbers."""
+    usage: str
+    """The code that loads FILE, for people."""
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if found.keys() != expected.keys():
         raise ValueError(f"names differ: {', '.join(sorted(found.keys() ^ expected.keys()))}")
     for name, tensor in expected.items():
@@ -111,7 +125,7 @@ def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} differs")
 
 
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
+def _check_close(found: Tensor, expected: Tensor, what: str) -> None:
     """Features of two forms of one network in float32 differ by rounding alone."""
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < 1e-4:
@@ -123,7 +137,7 @@ def _images(network: nn.Module, batch: int, size: int) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _official(source: Path, weights: checkpoint.Weights, backbone: nn.Module) -> Way:
+def _official(source: Path, weights: Weights, backbone: nn.Module) -> File:
     """What official DINO's main_dino.py saves, without its optimiser; its evaluations read "teacher"."""
     plain = isinstance(backbone, VisionTransformer) and not (
         backbone.num_register_tokens or any("ls1" in n or "w12" in n for n, _ in backbone.named_parameters())
@@ -133,101 +147,62 @@ def _official(source: Path, weights: checkpoint.Weights, backbone: nn.Module) ->
         raise ValueError(f"official DINO has no {arch}: use --to torch")
     if isinstance(backbone, VisionTransformer) and not plain:
         raise ValueError("official DINO has no registers, layer scale or SwiGLU: use --to timm")
-    found: dict[str, Any] = {"teacher": dict(weights.teacher)}
+    content = to_official(weights.teacher)
     steps = checkpoint.checkpoints(source) if source.is_dir() else {}
     if weights.config and steps:
         dino = DINO(weights.config)
         step, path = list(steps.items())[-1]
         if step == checkpoint.teacher_step(source):
             checkpoint.load(path, dino.state_dict())  # fills them in place
-            found["student"] = {f"module.{name}": t for name, t in dino.student.state_dict().items()}
-            found["dino_loss"] = {"center": dino.loss.center}
+            content = to_official(weights.teacher, dino.student.state_dict(), dino.loss.center)
 
     def check(path: Path) -> None:
         read = _load(path)
-        for part, tensors in found.items():
-            _equal(read[part], tensors)
+        for part, tensors in content.items():
+            _check_equal(read[part], tensors)
         features = [network(_images(backbone, 2, 224)) for network in (load_backbone(str(path)), backbone)]
         if not torch.equal(*features):
             raise ValueError("its teacher gives other features")
 
-    return lambda path: torch.save(found, path), check, "python eval_knn.py --pretrained_weights FILE"
+    return File(lambda path: torch.save(content, path), check, "python eval_knn.py --pretrained_weights FILE")
 
 
-def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) -> Way:
+def _timm(backbone: nn.Module, state: dict[str, Tensor], config: Config | None) -> File:
     try:
         import timm
     except ImportError:
         raise ValueError("--to timm needs timm: pip install 'fastdino[timm]'") from None
     arch = config.model.arch if config else ""
-    size, extra = 224, ""
     options: dict[str, Any] = {"num_classes": 0}
+    swiglu = False
     if isinstance(backbone, VisionTransformer):
-        name, options, extra, state = _timm_vit(backbone, state)
-        size = options.get("img_size", 224)
+        name, options, swiglu, state = to_timm(backbone, state)
     else:
         name = arch.partition("timm:")[2] or arch.rpartition(":")[2]
         if not timm.is_model(name):
             raise ValueError(f"timm has no {arch or type(backbone).__name__}: use --to torch")
 
     def check(path: Path) -> None:
-        more: dict[str, Any] = {"mlp_layer": timm.layers.SwiGLUPacked} if extra else {}
-        theirs = timm.create_model(name, **options, **more).eval()
-        theirs.load_state_dict(load_file(path), strict=True)
-        images = _images(backbone, 2, size)
+        layers: dict[str, Any] = {"mlp_layer": timm.layers.SwiGLUPacked} if swiglu else {}
+        model = timm.create_model(name, **options, **layers).eval()
+        model.load_state_dict(load_file(path), strict=True)
+        images = _images(backbone, 2, options.get("img_size", 224))
         with torch.no_grad():
-            _close(theirs(images), backbone(images), "timm's model")
+            _check_close(model(images), backbone(images), "timm's model")
 
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    return (
+    arguments += ", mlp_layer=timm.layers.SwiGLUPacked" if swiglu else ""
+    return File(
         lambda path: save_file(state, path),
         check,
-        f"timm.create_model({name!r}{arguments}{extra}, checkpoint_path=FILE)",
+        f"timm.create_model({name!r}{arguments}, checkpoint_path=FILE)",
     )
 
 
-def _timm_vit(
-    vit: VisionTransformer, state: dict[str, Tensor]
-) -> tuple[str, dict[str, Any], str, dict[str, Tensor]]:
-    """timm's model name, options, one more option as text, and state dict for a ViT of ours."""
-    block: Any = vit.blocks[0]
-    sizes = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
-    name = f"vit_{sizes.get(vit.embed_dim, 'tiny')}_patch16_224"
-    registers, extra = vit.num_register_tokens, ""
-    options: dict[str, Any] = {"num_classes": 0}
-    height, width = (n * vit.patch_size for n in vit.grid)
-    ratio = block.mlp.fc1.out_features / vit.embed_dim if hasattr(block.mlp, "fc1") else 4.0
-    usual = {"tiny": (12, 3), "small": (12, 6), "base": (12, 12), "large": (24, 16)}
-    shape: dict[str, tuple[Any, Any]] = {  # what it is, and what that name means without a word
-        "img_size": (height if height == width else (height, width), 224),
-        "patch_size": (vit.patch_size, 16),
-        "in_chans": (vit.in_chans, 3),
-        "embed_dim": (vit.embed_dim, {v: k for k, v in sizes.items()}[name.split("_")[1]]),
-        "depth": (len(vit.blocks), usual[name.split("_")[1]][0]),
-        "num_heads": (vit.num_heads, usual[name.split("_")[1]][1]),
-        "mlp_ratio": (ratio, 4.0),
-        "qkv_bias": (block.attn.qkv.bias is not None, True),
-        "init_values": (block.ls1.init_value if hasattr(block.ls1, "gamma") else None, None),
-        "reg_tokens": (registers, 0),
-    }
-    options |= {key: value for key, (value, default) in shape.items() if value != default}
-    if hasattr(block.mlp, "w12"):
-        options |= {"mlp_ratio": block.mlp.w12.out_features / vit.embed_dim, "act_layer": "silu"}
-        extra = ", mlp_layer=timm.layers.SwiGLUPacked"
-        state = {n.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): t for n, t in state.items()}
-    if registers:
-        # timm adds positions to the registers too: zeros.
-        state = {"reg_token" if name == "register_tokens" else name: t for name, t in state.items()}
-        first, patches = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
-        none = torch.zeros_like(state["reg_token"])
-        state["pos_embed"] = torch.cat((first, none, patches), dim=1)
-    return name, options, extra, state
-
-
-def _onnx(backbone: nn.Module, size: int) -> Way:
+def _onnx(backbone: nn.Module, size: int) -> File:
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'fastdino[onnx]'")
-    if sum(p.numel() for p in backbone.parameters()) > MOST_NUMBERS:
+    if sum(p.numel() for p in backbone.parameters()) > MAX_PARAMETERS:
         raise ValueError("an ONNX file holds 2 GB, and this network has more: use --to safetensors")
 
     def write(path: Path) -> None:
@@ -254,18 +229,20 @@ def _onnx(backbone: nn.Module, size: int) -> Way:
             images = _images(backbone, batch, size)
             (features,) = session.run(None, {"images": images.numpy()})
             with torch.no_grad():
-                _close(torch.from_numpy(features), backbone(images), f"onnxruntime, at batch {batch},")
+                _check_close(torch.from_numpy(features), backbone(images), f"onnxruntime, at batch {batch},")
 
-    return write, check, f"onnxruntime.InferenceSession(FILE).run(None, {{'images': (B, 3, {size}, {size})}})"
+    usage = f"onnxruntime.InferenceSession(FILE).run(None, {{'images': (B, 3, {size}, {size})}})"
+    return File(write, check, usage)
 
 
 def main() -> None:
     """Entry point of `fastdino-export`."""
     options = tyro.cli(Export, prog="fastdino-export", description=__doc__)
-    try:
+
+    def command() -> None:
         export(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"fastdino-export: {error}")
+
+    cli.run("fastdino-export", command, errors=(RuntimeError,))
 
 
 if __name__ == "__main__":

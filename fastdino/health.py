@@ -98,7 +98,7 @@ class Health:
         unreadable = {part: sorted(paths) for part, paths in self.unreadable.items()}
         return {"unreadable": unreadable, "skipped": self.skipped}
 
-    def check(self, rows: list[Row], feed: Feed, elapsed: float) -> None:
+    def check_updates(self, rows: list[Row], feed: Feed, elapsed: float) -> None:
         """Report what the rows of a window show. All ranks call it.
 
         Args:
@@ -121,7 +121,7 @@ class Health:
             self.monitor.say(f"step {done}: {share:.0%} of the time {self._advice}")
             self._advice = ""
 
-    def examine(self, settings: StepSettings, values: dict[str, Any]) -> None:
+    def diagnose(self, settings: StepSettings, values: dict[str, Any]) -> None:
         """Print what the Doctor finds in the metrics of a log line."""
         if settings.logs:
             for sentence in self.doctor.examine(settings.step + 1, values, settings.ends_epoch):

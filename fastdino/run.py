@@ -142,8 +142,8 @@ class Run:
             )
 
     @property
-    def stops_now(self) -> bool:
-        """Whether a single process was asked to stop; several ranks must first agree, by the row's `stop`."""
+    def stops_alone(self) -> bool:
+        """Whether this is the only process and it was asked to stop; several must agree first."""
         return bool(self.signals) and distributed.ranks() == 1
 
     def save(self, step: int, state: dict[str, Any]) -> str:
@@ -176,7 +176,7 @@ class Run:
         error = self._saver.finish()
         return f"{error}. {self.last_good()}" if error else ""
 
-    def finish(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait for the last checkpoint of this process; raises RunError where it cannot be written."""
         if error := self.wait():
             raise RunError(f"{error} Make room, then the same command goes on there.")
@@ -186,7 +186,7 @@ class Run:
         found = list(checkpoint.checkpoints(self.out).values())
         return f"The last good checkpoint is {found[-1]}." if found else "No checkpoint had been written yet."
 
-    def interrupted(self, step: int) -> Interrupted:
+    def interruption(self, step: int) -> Interrupted:
         """The exception that ends a run which was asked to stop, once `step` is saved."""
         return Interrupted(
             self.signals[0] if self.signals else signal.SIGTERM,  # another rank heard it

@@ -19,12 +19,11 @@ import tyro
 from PIL import Image
 
 from fastdino import data, distributed, ops
+from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, number, settle, to_dict
-from fastdino.data import crops
+from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
-from fastdino.data.sources import Source, Unreadable, open_source
 from fastdino.diagnostics import DIAGNOSTICS
-from fastdino.dino import build_backbone
 from fastdino.eval.attention import plot_attention
 from fastdino.eval.knn import check_classes, evaluate_knn
 from fastdino.health import Health, Row, Window
@@ -37,73 +36,83 @@ from fastdino.update import Update
 def train(
     config: Config, *, update_type: type[Update] = Update, feed_type: type[Feed] = Feed
 ) -> dict[str, Any]:
-    """Train DINO as `config` says, or continue the run in `config.run.out`; returns the last metrics.
+    """Train DINO as `config` says, or continue the run in `config.run.out`.
 
     Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png and,
-    for a ViT, attention.png. Where torchrun or srun has launched several processes, each calls this: together
-    they do what one would.
+    for a ViT, attention.png. Where torchrun or srun has launched N processes, each calls this: they share
+    each batch, and the result is that of one process.
 
     Args:
         config: the run.
-        update_type: makes the updates: a subclass changes the method.
-        feed_type: hands over the loader's batches.
+        update_type: makes the updates; a subclass changes the method.
+        feed_type: hands the loader's batches to the update; a subclass brings about what a test is about.
+
+    Returns:
+        The metrics of the last log line, and "step".
 
     Raises:
-        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before any work.
-        RunError: too many unreadable files or non-finite steps, or a last checkpoint that cannot be written.
-        Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving.
+        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before the first
+            update.
+        RunError: too many unreadable files or non-finite updates, or a disk without room for the checkpoint.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving. Several processes save at their next log line.
         ElsewhereError: another process failed, and says why.
     """
     with distributed.joined(config.run.device, config.run.parallel) as device, ExitStack() as stack:
         # What to train on, and the numbers that follow from it.
         images = open_images(config, device)
         with distributed.together():
-            config, reasons = settle_for(config, len(images.source))
+            config, explanations = settle_for(config, len(images.source))
             schedule = Schedule(config, images.steps_per_epoch)
         total = schedule.total_steps
 
-        # What trains. A run that is continued has its weights in its checkpoint.
+        # What trains. Entering `run` locks the folder and loads its checkpoint, if there is one, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
         run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
+        quiet = distributed.rank() > 0
         monitor = stack.enter_context(
-            Monitor(run.out, run.step, total, to_dict(config), config.run.wandb, distributed.rank() > 0)
+            Monitor(run.out, run.step, total, to_dict(config), config.run.wandb, quiet=quiet)
         )
         loader = make_loader(config, images, device, run.step, total)
-        feed = feed_type(loader, config.optim.accumulate, run.signals)
+        feed = feed_type(loader, config.optim.accumulate, run.signals)  # a signal travels with its tally
         window = Window(config.run.log_every, device)
-        health = Health(config, images.source, update, run, monitor, waiting_advice(images, loader, device))
+        advice = waiting_advice(images, loader, device)
+        health = Health(config, images.source, update, run, monitor, advice)
         monitor.say(describe(update, images, loader))
-        for note in (*reasons, *update.notes, *images.notes, *run.notes, *schedule.notes, *health.notes):
+        for note in (*explanations, *update.notes, *images.notes, *run.notes, *schedule.notes, *health.notes):
             monitor.say(note)
 
-        values = (read_metrics(run.out) or [{}])[-1] if run.step == total else {}
+        values: dict[str, Any] = {}
         for step in range(run.step, total):
             settings = schedule.at(step)
-            window.add(update(feed, settings), settings, feed.indices)
-            if not (settings.logs or run.stops_now):
-                continue
+            row = update(feed, settings)
+            window.add(row, settings, feed.indices)
+            if not (settings.logs or run.stops_alone):
+                continue  # up to here nothing waits for the device, which may be many updates behind
 
-            # Log, evaluate, save. Reading the window is the only place that waits for the device.
             rows = window.read()
-            stop = run.stops_now or any(row["stop"] for row in rows)  # the same on all ranks
-            health.check(rows, feed, window.elapsed)
+            # Several processes agree by the rows, which are means over all of them.
+            stop = run.stops_alone or any(row["stop"] for row in rows)
+            health.check_updates(rows, feed, window.elapsed)
             values = summarize(rows, update, images, health, window.elapsed)
-            health.examine(settings, values)
+            health.diagnose(settings, values)
             if settings.evaluates and not stop:
                 values |= evaluate(update, images, run, loader.workers, monitor, step + 1)
             monitor.record(step + 1, values)
             monitor.progress(step + 1, values | {"batch_size": config.optim.batch_size})
             health.check_unreadable()
             if settings.saves or stop:
+                # Written behind the next updates; what comes back is what went wrong with the one before.
                 monitor.say(run.save(step + 1, health.state()))
             if stop and step + 1 < total:
-                run.finish()
-                raise run.interrupted(step + 1)
-            window.restart()
+                run.wait_for_checkpoint()
+                raise run.interruption(step + 1)
+            window.restart()  # neither evaluating nor saving counts as time of the next updates
 
-        run.finish()
+        run.wait_for_checkpoint()
         draw(update, images, run, monitor)
-        distributed.gather(None)  # a launcher may end those that outlast the others
+        distributed.gather(None)  # some launchers end all processes as soon as one has ended
+        if run.step == total:  # the run was complete before
+            values = (read_metrics(run.out) or [{}])[-1]
     return {"step": total, **values}
 
 
@@ -115,7 +124,7 @@ class Images:
     val: Source | None
     steps_per_epoch: int
     fingerprint: str
-    loader: str
+    loader_kind: str
     """What makes the crops: "torchvision" or "dali"."""
     notes: list[str]
     """Sentences for the user."""
@@ -141,7 +150,7 @@ def open_images(config: Config, device: torch.device) -> Images:
         if val is not None:
             check_classes(source, val)
         steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
-        data.share_of(cfg.batch_size, cfg.accumulate, distributed.ranks())
+        data.share_of(cfg.batch_size, cfg.accumulate, distributed.ranks())  # raises where it does not divide
         out = Path(config.run.out)
         if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"--out {out} lies in --data {path}, whose images it would join: move it")
@@ -150,13 +159,13 @@ def open_images(config: Config, device: torch.device) -> Images:
     with distributed.together():
         if any(other != fingerprint for other in distributed.gather(fingerprint)):
             raise ValueError(f"the ranks see different images in {path}: give all the same ones")
-    loader, about_loader = data.choose_loader(config.data.loader, device)
+    loader_kind, about_loader = data.choose_loader(config.data.loader, device)
     notes = [note for note in (warning, about_loader, *source.notes) if note]
-    return Images(source, val, steps_per_epoch, fingerprint, loader, notes)
+    return Images(source, val, steps_per_epoch, fingerprint, loader_kind, notes)
 
 
 def settle_for(config: Config, images: int) -> tuple[Config, list[str]]:
-    """`config.settle` for a run on so many images; ValueError if network or batch cannot be."""
+    """`config.settle` for a run on N = `images` images; ValueError for an unknown network or a batch above N."""
     with torch.device("meta"):
         backbone = build_backbone(config.model, config.data.crops.global_crops_size)
     updates = config.optim.epochs * data.steps_per_epoch(images, config.optim.batch_size)
@@ -175,7 +184,7 @@ def make_loader(config: Config, images: Images, device: torch.device, start: int
         total_steps=total,
         workers=config.data.workers,
         device=device,
-        loader=images.loader,
+        loader=images.loader_kind,
         shuffle_buffer=config.data.shuffle_buffer,
         jpeg_scaling=config.data.jpeg_scaling,
         rank=distributed.rank(),
@@ -188,18 +197,18 @@ def describe(update: Update, images: Images, loader: data.Loader) -> str:
     """The first line of a run: what runs on what, and how long."""
     cfg, ranks, device = update.config.optim, distributed.ranks(), update.device
     left_out = len(images.source) - images.steps_per_epoch * cfg.batch_size
-    together = ranks > 1 or update.sharded or update.student is not update.dino.student
-    crops_device = device if images.loader == "dali" else "cpu"
+    wrapped = ranks > 1 or update.sharded or update.student is not update.dino.student
+    crops_device = device if images.loader_kind == "dali" else "cpu"
     return " · ".join(
         (
-            *([f"{ranks} rank{'s' * (ranks > 1)}, {update.parallel}"] if together else []),
+            *([f"{ranks} rank{'s' * (ranks > 1)}, {update.parallel}"] if wrapped else []),
             device_name(device),
             str(update.dtype).removeprefix("torch."),
             *(f"{op}: {impl}" for op, impl in ops.describe(device).items()),
             f"crops: {crops.describe(crops_device)}",
             f"{len(images.source)} images, {loader.workers} loader processes"
             + (" a rank" if ranks > 1 else "")
-            + (" and DALI" if images.loader == "dali" else ""),
+            + (" and DALI" if images.loader_kind == "dali" else ""),
             f"{cfg.epochs} epochs of {images.steps_per_epoch} updates of {cfg.batch_size} images"
             + (f", {left_out} left out of each" if left_out else ""),
         )
@@ -238,9 +247,10 @@ def summarize(
             "center_norm": update.dino.loss.center.norm().item(),
             "teacher_distance": update.dino.teacher_distance().item(),
         }
-    if images.loader == "dali":
+    if images.loader_kind == "dali":
         values["decoded_by_pillow"] = health.by_pillow
-    if update.device.type == "cuda":  # torch's, DALI's, the context's, and that of other processes
+    if update.device.type == "cuda":
+        # Of torch, DALI, the CUDA context and other processes together.
         free, total = torch.cuda.mem_get_info(update.device)
         values["device_memory_gb"] = (total - free) / 1e9
     return values
@@ -249,7 +259,10 @@ def summarize(
 def evaluate(
     update: Update, images: Images, run: Run, workers: int, monitor: Monitor, step: int
 ) -> dict[str, float]:
-    """k-NN accuracy in % of the teacher, by metric; empty where it cannot be measured. All ranks call it."""
+    """k-NN accuracy of the teacher in %, as knn_10, knn_20, ...; all ranks call it.
+
+    Empty without labels, where it cannot be measured, and where the process is asked to stop meanwhile.
+    """
     if images.source.labels is None:
         return {}
     config = update.config
@@ -262,7 +275,7 @@ def evaluate(
             limit=config.run.knn_images,
             device=update.device,
             workers=workers,
-            progress=partial(_end_where_asked, run),
+            progress=partial(_abort_if_stopping, run),
         )
     except KeyboardInterrupt:
         return {}
@@ -276,9 +289,12 @@ def evaluate(
     return {f"knn_{k}": a for k, a in accuracy.items()}
 
 
-def _end_where_asked(run: Run, images: int) -> None:
-    """End an evaluation where the process was asked to stop: the next update then saves and leaves."""
-    if run.stops_now:
+def _abort_if_stopping(run: Run, done: int) -> None:
+    """End an evaluation, of which `done` images are done, where the process was asked to stop.
+
+    The next update then saves and leaves.
+    """
+    if run.stops_alone:
         raise KeyboardInterrupt
 
 
@@ -304,7 +320,7 @@ def device_name(device: torch.device) -> str:
 
 def waiting_advice(images: Images, loader: data.Loader, device: torch.device) -> str:
     """What to do where training waits for images."""
-    cores, dali = data.cores(), images.loader == "dali"
+    cores, dali = data.cores(), images.loader_kind == "dali"
     hints = [
         f"more --workers ({loader.workers} now, on {cores} cores)" if loader.workers < cores else "",
         "--loader dali" if not dali and device.type == "cuda" else "",

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from fastdino import distributed, optim
+from fastdino.backbones import build_backbone
 from fastdino.config import Config
 from fastdino.data.crops import normalize
 from fastdino.data.feed import Piece, Tally
 from fastdino.diagnostics import DIAGNOSTICS, batch_diagnostics
-from fastdino.dino import DINO, build_backbone
+from fastdino.dino import DINO
 from fastdino.optim import StepSettings
 
 COLUMNS = ("loss", "grad_norm", *Tally._fields, *DIAGNOSTICS)

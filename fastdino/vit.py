@@ -1,7 +1,8 @@
 """The vision transformer of DINO: images to the normed class token (paper, section 3.2).
 
 Crops of all sizes run as one packed sequence (T, D) of tokens, one image after another: every norm,
-projection and MLP is one operation over all of them, and attention keeps to each image (ops/attention.py).
+projection and MLP is one operation over all of them, and attention (ops/packed_attention.py) keeps to each
+image.
 The last block computes the class tokens alone where nothing else is asked for.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.ops import Linear, linear
-from fastdino.ops.attention import (
+from fastdino.ops.packed_attention import (
     Packing,
     Runs,
     attention,

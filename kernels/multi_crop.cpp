@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "multi_crop_row.h"
 #include "simd.h"
 
 namespace {
@@ -18,9 +19,6 @@ typedef uint8_t u8;
 
 constexpr int PRECISION = 22;  // bits after the point of a resize's weights
 constexpr int64_t PAD = 64;    // bytes that a vector may read or write past a column's end
-
-enum { TOP, LEFT, HEIGHT, WIDTH, FLIP, JITTER, GRAYSCALE = 13, BLUR, SOLARIZE, FIELDS };
-enum { NONE, BRIGHTNESS, CONTRAST, SATURATION, HUE };
 
 inline vi widen(const u8* p) {
 #if defined(__AVX512F__)
@@ -153,7 +151,7 @@ void combine(const u8* __restrict in, int64_t stride, const int32_t* __restrict 
 }
 
 void resize(const u8* image, int64_t height, int64_t width, const double* p, u8* out, int64_t size, Scratch& s) {
-    const int64_t top = p[TOP], left = p[LEFT], h = p[HEIGHT], w = p[WIDTH];
+    const int64_t top = p[BOX], left = p[BOX + 1], h = p[BOX + 2], w = p[BOX + 3];
     const int64_t tall = padded(height), high = padded(h), wide = padded(size);
     u8* columns = Scratch::of(s.columns, 3 * size * high + PAD);
     u8* rows = Scratch::of(s.rows, h * wide + PAD);
@@ -360,7 +358,7 @@ void make(const u8* image, int64_t height, int64_t width, const double* p, u8* o
     resize(image, height, width, p, out, size, s);
     const int64_t n = size * size;
     u8 *r = out, *g = out + n, *b = out + 2 * n;
-    for (const double* j = p + JITTER; j < p + GRAYSCALE; j += 2) {
+    for (const double* j = p + JITTER; j < p + JITTER_END; j += 2) {
         const float factor = static_cast<float>(j[1]);
         switch (static_cast<int>(j[0])) {
             case BRIGHTNESS: brighten(out, n, factor); break;

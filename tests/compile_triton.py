@@ -1,88 +1,102 @@
 """Compiles the Triton kernels without a GPU and prints what the machine code uses, as JSON.
 
-Run as a program, in a process of its own: where the tests interpret the kernels there is nothing to compile.
+Of each fastdino/ops/NAME_triton.py, all kernels NAME_kernel as `launch` of the op's test launches them, for
+logits of two dtypes. Run as a program, in a process of its own: where the tests interpret the kernels there
+is nothing to compile.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
+os.environ["TRITON_INTERPRET"] = "0"  # conftest, which tests import, leaves it so
+
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdino.ops import dino_loss_triton, ema_triton, multi_crop_triton
-
+TESTS = Path(__file__).parent
+CAPABILITIES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SIZES = {"V": 10, "G": 2, "G_PADDED": 2, "K": 65536, "TILE": dino_loss_triton._tile(2), "TILES_PADDED": 64}
-FLAGS = {
-    "ALIGNED": True,
-    "BLOCK": ema_triton.BLOCK,
-    "COPY": True,
-    "MOMENTUM_ON_DEVICE": False,
-    "TEMPS_ON_DEVICE": False,
-    "WEIGHTS_GIVEN": False,
-}
-CROPS = {
-    "BLOCK": multi_crop_triton.BLOCK,
-    "COLUMNS": multi_crop_triton.COLUMNS,
-    "ROWS_SUMMED": multi_crop_triton.ROWS,
-}
-TILE = CROPS | {"ROWS": multi_crop_triton.ROWS}
-STRIP = CROPS | {"ROWS": multi_crop_triton.STRIP_ROWS}
 POINTERS = {
-    "copy": "*bf16",
-    "table": "*i64",
-    **dict.fromkeys(("weights", "sums", "programs"), "*i32"),
-    **dict.fromkeys(("images", "scratch", "out"), "*u8"),
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 
-def signature(
-    kernel: triton.JITFunction, logits: str, given: dict[str, object]
-) -> tuple[dict[str, str], dict[str, object]]:
-    """Types and constants of a launch at K = 65,536 on logits of one dtype."""
-    types: dict[str, str] = {}
-    constants: dict[str, object] = {}
-    for param in kernel.params:
-        name = param.name
+class Launch(NamedTuple):
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: list[int]
+    """Which parameters are multiples of 16: addresses and strides."""
+    options: dict[str, Any]
+
+
+def launched(kernel: Any, *args: Any, **kwargs: Any) -> Launch:
+    """What a launch on a GPU would find out: types, constants, and multiples of 16."""
+    constants = {p.name: kwargs.pop(p.name) for p in kernel.params if p.is_constexpr}
+    types, aligned, given = {}, [], iter(args)
+    for i, param in enumerate(kernel.params):
         if param.is_constexpr:
-            types[name] = "constexpr"
-            constants[name] = given[name]
-        elif name in ("student", "teacher", "grad_student"):
-            types[name] = f"*{logits}"
-        elif name in ("student_temp", "teacher_temp", "momentum"):
-            types[name] = "fp32"
-        elif name in POINTERS:
-            types[name] = POINTERS[name]
-        elif name in ("B", "group", "groups", "tiles") or name.endswith(("_crop", "_image")):
-            types[name] = "i32"
-        else:
-            types[name] = "*fp32"
-    return types, constants
+            types[param.name] = "constexpr"
+            continue
+        x = next(given)
+        is_number = not isinstance(x, Tensor)
+        types[param.name] = POINTERS[x.dtype] if not is_number else "fp32" if isinstance(x, float) else "i32"
+        multiple = not isinstance(x, float) and (x if is_number else x.data_ptr()) % 16 == 0
+        if multiple and not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+            aligned.append(i)
+    return Launch(kernel, types, constants, aligned, kwargs)
 
 
-def resources(
-    kernel: triton.JITFunction,
-    logits: str,
-    capability: int,
-    warps: int,
-    constants: dict[str, object],
-    fuses: bool,
-) -> dict[str, object]:
-    types, constants = signature(kernel, logits, constants)
-    # what a launch finds out by itself: pointers and strides are multiples of 16
-    aligned = [
-        i
-        for i, (name, type_) in enumerate(types.items())
-        if (type_[0] == "*" and not kernel.params[i].do_not_specialize_on_alignment)
-        or name.endswith(("_crop", "_image"))
-    ]
+class Recorded:
+    """A kernel that notes how it is launched, and does nothing."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append(launched(self.kernel, *args, **kwargs))
+
+
+def launches(module: ModuleType, launch: Callable[[torch.dtype], None]) -> dict[str, list[Launch]]:
+    """Launches of all kernels of a module, by dtype of the logits; a repeated one is left out."""
+    found: dict[str, list[Launch]] = {}
+    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    for dtype in (torch.bfloat16, torch.float32):
+        noted: list[Launch] = []
+        for name, kernel in kernels.items():
+            setattr(module, name, Recorded(kernel, noted))
+        launch(dtype)
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+        if missing := kernels.keys() - {one.kernel.__name__ for one in noted}:
+            raise SystemExit(f"{launch.__module__}.launch launches no {', '.join(sorted(missing))}")
+        before = [one for others in found.values() for one in others]
+        found[POINTERS[dtype][1:]] = [one for one in noted if one not in before]
+    return found
+
+
+def resources(launch: Launch, logits: str, capability: int) -> dict[str, object]:
+    """What one kernel's machine code uses on GPUs of one generation."""
+    kernel, types, constants, aligned, options = launch
     source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": warps, "enable_fp_fusion": fuses}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -105,26 +119,16 @@ def resources(
     }
 
 
+def main() -> None:
+    usage = []
+    for path in sorted((TESTS.parent / "fastdino" / "ops").glob("*_triton.py")):
+        name = path.stem.removesuffix("_triton")
+        test = next(x for x in (f"test_{path.stem}", f"test_{name}") if (TESTS / f"{x}.py").exists())
+        module = import_module(f"fastdino.ops.{path.stem}")
+        for logits, found in launches(module, import_module(test).launch).items():
+            usage += [resources(launch, logits, c) for launch in found for c in CAPABILITIES]
+    json.dump(usage, sys.stdout)
+
+
 if __name__ == "__main__":
-    both = ("bf16", "fp32")
-    wide, narrow = multi_crop_triton.COLOR_WARPS, multi_crop_triton.WARPS
-    # warps, dtypes of the logits or parameters, constants, whether a multiplication and an addition may fuse
-    kernels = {
-        dino_loss_triton.tile_kernel: (dino_loss_triton.WARPS, both, SIZES | FLAGS, True),
-        dino_loss_triton.merge_kernel: (1, both, SIZES | FLAGS, True),
-        dino_loss_triton.finish_kernel: (4, both, SIZES | FLAGS, True),
-        dino_loss_triton.bwd_kernel: (dino_loss_triton.WARPS, both, SIZES | FLAGS, True),
-        ema_triton.ema_kernel: (ema_triton.WARPS, both, FLAGS, True),
-        multi_crop_triton.weights_kernel: (narrow, ("none",), TILE, False),
-        multi_crop_triton.horizontal_kernel: (narrow, ("none",), TILE, False),
-        multi_crop_triton.vertical_kernel: (wide, ("none",), TILE, False),
-        multi_crop_triton.color_kernel: (wide, ("none",), STRIP, False),
-        multi_crop_triton.blur_kernel: (narrow, ("none",), STRIP, False),
-    }
-    found = [
-        resources(kernel, logits, capability, warps, constants, fuses)
-        for kernel, (warps, dtypes, constants, fuses) in kernels.items()
-        for logits in dtypes
-        for capability in (80, 90, 100)
-    ]
-    json.dump(found, sys.stdout)
+    main()

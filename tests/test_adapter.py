@@ -14,8 +14,9 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from fastdino.adapter import RESNETS, feature_dim, timm_backbone, torchvision_backbone
+from fastdino.backbones import build_backbone
 from fastdino.config import ModelConfig
-from fastdino.dino import DINO, build_backbone
+from fastdino.dino import DINO
 
 NOWHERE = Path("unused")
 

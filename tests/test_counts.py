@@ -35,8 +35,7 @@ from fastdino.ops import native
 from fastdino.ops.ema import _ema_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-linear = importlib.import_module("fastdino.ops.linear")  # fastdino.ops.linear is the function
-ONEDNN = linear._ONEDNN
+ONEDNN = native.ONEDNN
 
 
 def expect(found: dict[str, int], recorded: dict[str, int], what: str) -> None:
@@ -145,7 +144,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         precision=precision,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_ONEDNN", onednn)
+        patch.setattr(native, "ONEDNN", onednn)
         with Waits(calls), calls:
             train.train(config, feed_type=CountedFeed)
     return calls.steps, RECORDED[request.param]
@@ -258,8 +257,8 @@ class Counted:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     pytest.importorskip("triton")
     counts: Counter[str] = Counter()
-    for stem in ("dino_loss", "ema", "multi_crop"):
-        module = importlib.import_module(f"fastdino.ops.{stem}_triton")
+    for path in Path(ops.__file__).parent.glob("*_triton.py"):
+        module = importlib.import_module(f"fastdino.ops.{path.stem}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), name, counts))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

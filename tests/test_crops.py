@@ -12,7 +12,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as T
 
 from fastdino.config import CROPS, CropPolicy
-from fastdino.data.crops import View, draw, eval_image, normalize, render, to_tensor
+from fastdino.data import crops
+from fastdino.data.crops import View, draw, eval_image, normalize, render, to_tensor, uniforms
 
 DINO = CROPS["dino"]
 SIZE = (500, 375)  # width, height
@@ -210,6 +211,24 @@ def test_the_stream_of_doubles_is_what_the_source_says():
     area, aspect = 500 * 375 * (0.4 + 0.6 * u[14]), (3 / 4) ** (1 - 2 * u[15])
     h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
     assert view.box == (int(u[16] * (376 - h)), int(u[17] * (501 - w)), h, w)
+
+
+def test_a_new_parameter_leaves_the_draws_of_all_others_as_they_are(monkeypatch):
+    before, views = uniforms(3, 1, 7, 4), draw(DINO, 3, 1, 7, SIZE)
+    monkeypatch.setitem(crops._OWN_STREAMS, "posterize", 2)
+    monkeypatch.setitem(crops._OWN_STREAMS, "sharpen", 1)
+    after = uniforms(3, 1, 7, 4)
+    assert draw(DINO, 3, 1, 7, SIZE) == views
+    own = [view.pop("posterize") for view in after]
+    assert [len(view.pop("sharpen")) for view in after] == [1] * 4
+    assert after == before
+    assert len({u for view in own for u in view}) == 8
+    assert not {u for view in own for u in view} & {u for view in before for us in view.values() for u in us}
+    # nor does it hang on what was added with it, or on the number of views
+    monkeypatch.delitem(crops._OWN_STREAMS, "sharpen")
+    assert [view["posterize"] for view in uniforms(3, 1, 7, 6)[:4]] == own
+    others = [uniforms(*key, 4)[0]["posterize"] for key in ((4, 1, 7), (3, 2, 7), (3, 1, 8))]
+    assert own[0] not in others
 
 
 def test_an_adjustment_of_zero_strength_is_left_out():

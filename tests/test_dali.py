@@ -5,13 +5,13 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -424,6 +424,38 @@ def test_a_size_other_than_the_header_s_is_decoded_again_by_pillow(folder, monke
         assert a.by_pillow == len(turned & set(a.indices.tolist()))
         kept = [i for i, index in enumerate(a.indices.tolist()) if index != 6]
         assert all(torch.equal(x[kept], y[kept]) for x, y in zip(a.views, b.views, strict=True))
+
+
+@dataclass(frozen=True)
+class Posterized(View):
+    """A view with a parameter for which the kernels' row has no place."""
+
+    bits: int = 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_that_no_kernel_can_make_are_pillow_s(folder, monkeypatch, workers):
+    def draw_some(policy: CropPolicy, seed: int, epoch: int, index: int, size: tuple[int, int]) -> list[View]:
+        bits = [2 if index % 3 == 0 and v in (0, 4) else 8 for v in range(policy.n_views)]
+        views = draw(policy, seed, epoch, index, size)
+        return [Posterized(**vars(view), bits=n) for view, n in zip(views, bits, strict=True)]
+
+    def posterize(image: Image.Image, view: View) -> Image.Image:
+        return ImageOps.posterize(render(image, view), view.bits)
+
+    plain = load(folder)
+    for patched in (data.loader, module):
+        monkeypatch.setattr(patched, "draw", draw_some)
+    for patched in (data.crops, module):
+        monkeypatch.setattr(patched, "render", posterize)
+    ours = load(folder, workers=workers)
+    assert_same(ours, load(folder, "torchvision", workers=workers))
+    for a, b in zip(ours, plain, strict=True):
+        few = a.indices % 3 == 0
+        assert a.by_pillow == few.sum()
+        for v, (x, y) in enumerate(zip(a.views, b.views, strict=True)):
+            same = [torch.equal(p, q) for p, q in zip(x, y, strict=True)]
+            assert same == (~few).tolist() if v in (0, 4) else all(same)
 
 
 def test_crops_that_are_not_pillow_s_end_the_run(folder, monkeypatch):

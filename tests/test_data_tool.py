@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from fastdino import files
-from fastdino.data import shards, tool
-from fastdino.data.sources import Files, Source, open_source
+from fastdino.data import open_source, shards, tool
+from fastdino.data.sources import Files, Source
 
 
 def encoded(seed: int, size: tuple[int, int] = (120, 100), mode: str = "RGB", form: str = "png") -> bytes:

@@ -120,6 +120,17 @@ SHAPES = [  # V, G, B, K
 ]
 
 
+def launch(dtype: torch.dtype) -> None:
+    """Launches the Triton kernels as an update does: compile_triton.py makes machine code of them."""
+    from fastdino.ops.dino_loss_triton import dino_loss_bwd_triton, dino_loss_triton
+
+    student, teacher, c = logits(10, 2, 2, 65536, student=dtype, teacher=dtype)
+    results = torch.zeros(()), torch.zeros(2, 10, 2), torch.zeros(2, 2, 2), torch.zeros(65536)
+    inputs = student, teacher, c, torch.tensor(0.1), torch.tensor(0.04), None
+    dino_loss_triton(results, *inputs)
+    dino_loss_bwd_triton(torch.zeros_like(student), torch.ones(()), *inputs, *results[1:3])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradient_are_as_accurate_as_the_formula(impl, shape, poison):
     check(impl, *logits(*shape))

@@ -36,6 +36,14 @@ def assert_updated(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def launch(dtype: torch.dtype) -> None:
+    """Launches the Triton kernel as an update does: compile_triton.py makes machine code of it."""
+    from fastdino.ops.ema_triton import ema_triton_
+
+    teacher, student = torch.zeros(2, 2, 8192, dtype=dtype)
+    ema_triton_([*teacher], [*student], [*torch.zeros(2, 8192, dtype=torch.bfloat16)], torch.tensor(0.996))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("student", DTYPES[:3])
 @pytest.mark.parametrize("teacher", DTYPES)

@@ -13,37 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from eval_runs import CONFIG, make_run, refusal
 
-from fastdino import checkpoint
 from fastdino import eval as eval_
-from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
+from fastdino.config import CropPolicy
 from fastdino.data import open_source
-from fastdino.dino import DINO, load_backbone
-from fastdino.eval import KNN
-from fastdino.eval.features import raw_pixels, untrained
-from fastdino.eval.knn import evaluate_knn
-
-CONFIG = Config(
-    data=DataConfig(crops=CropPolicy(global_crops_size=16, local_crops_size=8)),
-    model=ModelConfig(arch="vit_nano", patch_size=8, out_dim=8, head_hidden_dim=8, bottleneck_dim=4),
-)
-
-
-def make_run(folder: Path, classes: int = 3, n: int = 36, config: Config = CONFIG) -> Path:
-    """A run's folder with a teacher, and folders `images` and `val` of n in some classes, hard to tell."""
-    torch.manual_seed(11)  # another than the run's: a trained teacher has not its initial weights
-    checkpoint.write_teacher(folder / "teacher.safetensors", DINO(config).teacher, config, 7)
-    rng = np.random.default_rng(0)
-    colours = np.concatenate((np.eye(3), 1 - np.eye(3)))
-    for part in ("images", "val"):
-        for i in range(n):
-            path = folder / part / f"class{i % classes}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            colour = 110 + rng.normal(0, 14, 3) + 16 * colours[i % classes]
-            pixels = np.clip(colour + rng.normal(0, 30, (20, 24, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return folder
+from fastdino.dino import DINO
+from fastdino.eval.common import raw_pixels, untrained
+from fastdino.eval.knn import KnnCommand, evaluate_knn
+from fastdino.weights import load_backbone
 
 
 @pytest.fixture
@@ -51,17 +29,9 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-def refusal(command: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What `fastdino-eval` says on stderr when it refuses a command."""
-    monkeypatch.setattr(eval_.tyro.extras, "subcommand_cli_from_dict", lambda *a, **k: command())
-    with pytest.raises(SystemExit) as exit_:
-        eval_.main()
-    return str(exit_.value.code)
-
-
-def knn(run: Path, **flags: object) -> KNN:
+def knn(run: Path, **flags: object) -> KnnCommand:
     options = {"weights": str(run), "data": str(run / "images"), "workers": 0, "device": "cpu", "k": (1, 5)}
-    return KNN(**(options | flags))
+    return KnnCommand(**(options | flags))
 
 
 def test_accuracies_are_those_of_the_teacher_and_of_both_baselines(run: Path, capsys):

@@ -14,26 +14,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_runs import CONFIG, make_run, refusal
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
-from test_eval import CONFIG, make_run, refusal
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop
 
 from fastdino import distributed
 from fastdino.adapter import torchvision_backbone
+from fastdino.backbones import build_backbone
 from fastdino.config import Config, ModelConfig
 from fastdino.data import crops, epoch_order, open_source
-from fastdino.dino import build_backbone, load_backbone
 from fastdino.eval.linear import (
     EPOCHS,
     RATES,
     Heads,
-    Linear,
+    LinearCommand,
     augmented,
     cached,
     choose_layers,
@@ -41,6 +41,7 @@ from fastdino.eval.linear import (
     train_heads,
     train_view,
 )
+from fastdino.weights import load_backbone
 
 CPU = torch.device("cpu")
 POLICY = CONFIG.data.crops
@@ -316,9 +317,9 @@ def test_ranks_share_each_batch(run: Path, how, monkeypatch):
 # The command.
 
 
-def command(run: Path, **flags: Any) -> Linear:
+def command(run: Path, **flags: Any) -> LinearCommand:
     options = {"data": str(run / "images"), "val": str(run / "val"), "workers": 0, "device": "cpu"}
-    return Linear(**({"weights": str(run), "epochs": 3, "batch_size": 10} | options | flags))
+    return LinearCommand(**({"weights": str(run), "epochs": 3, "batch_size": 10} | options | flags))
 
 
 def token_features(network: Any, views: list[Image.Image], blocks: int) -> Array:
@@ -391,7 +392,7 @@ def test_figures_are_those_of_the_recipe_written_out(run: Path, how, capsys):
 def test_defaults_are_official_dinos():
     assert EPOCHS == 100
     assert 0.001 in RATES
-    assert Linear(weights="", data="", val="").batch_size == 128
+    assert LinearCommand(weights="", data="", val="").batch_size == 128
 
 
 def test_three_classes_have_no_top_5_and_unreadable_files_are_named(tmp_path: Path, capsys):
@@ -470,7 +471,8 @@ def test_ctrl_c_ends_it_at_once_with_its_workers(run: Path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # torch warns of two workers on one core
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will create"},
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline, workers = time.monotonic() + 120, [list[str]()]

@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_runs import CONFIG, make_run, refusal
 from PIL import Image
 from sklearn.metrics import average_precision_score
-from test_eval import CONFIG, make_run, refusal
 from torch import Tensor
 
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
-from fastdino.dino import load_backbone
-from fastdino.eval import retrieval
-from fastdino.eval.features import extract
-from fastdino.eval.retrieval import KS, Retrieval, copy_features, recall, search, square
+from fastdino.eval.common import extract
+from fastdino.eval.retrieval import KS, RetrievalCommand, copy_features, recall, search, square
+from fastdino.weights import load_backbone
 
 
 def at(*similarities: float) -> Tensor:
@@ -109,14 +108,13 @@ def test_precision_of_equals_is_that_of_scikit_learn():
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_chunks_blocks_and_parts_change_nothing(alone, monkeypatch):
+def test_chunks_blocks_and_parts_change_nothing(alone):
     labels, query = torch.randint(4, (31,)), torch.randn(31, 5)
     gallery = () if alone else (torch.randn(50, 5), torch.randint(4, (50,)))
     whole = search(query, labels, *gallery)
-    monkeypatch.setattr(retrieval, "COLUMNS", 7)
     for chunk_bytes in (1, 64 * 50 * 4):
         parts = [
-            search(query, labels, *gallery, rows=rows, chunk_bytes=chunk_bytes)
+            search(query, labels, *gallery, rows=rows, chunk_bytes=chunk_bytes, columns=7)
             for rows in (range(11), range(11, 11), range(11, 31))
         ]
         assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
@@ -177,9 +175,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(run: Path, **flags: Any) -> Retrieval:
+def command(run: Path, **flags: Any) -> RetrievalCommand:
     options = {"weights": str(run), "query": str(run / "val"), "workers": 0, "device": "cpu"}
-    return Retrieval(**(options | flags))
+    return RetrievalCommand(**(options | flags))
 
 
 def test_images_of_a_folder_are_searched_among_the_others(run: Path, capsys):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig
-from fastdino.dino import DINO, load_backbone
-from fastdino.eval import attention, segmentation
+from fastdino.dino import DINO
+from fastdino.eval import segmentation
+from fastdino.eval.maps import NamedImage, keep_mass, look
 from fastdino.eval.segmentation import (
-    Segmentation,
+    SegmentationCommand,
     _patch_of,
     evaluate_segmentation,
     jaccard,
@@ -25,6 +26,7 @@ from fastdino.eval.segmentation import (
     read_mask,
 )
 from fastdino.vit import vit_nano
+from fastdino.weights import load_backbone
 
 CONFIG = Config(
     data=DataConfig(crops=CropPolicy(global_crops_size=16, local_crops_size=8)),
@@ -151,8 +153,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segmentation, "look", look)
 
 
-def named(width: int, height: int, name: str = "a.png") -> attention.Named:
-    return attention.Named(name, lambda: Image.new("RGB", (width, height)))
+def named(width: int, height: int, name: str = "a.png") -> NamedImage:
+    return NamedImage(name, lambda: Image.new("RGB", (width, height)))
 
 
 def test_masks_are_compared_at_the_resolution_of_the_objects(fixed, tmp_path):
@@ -219,13 +221,13 @@ def test_the_measure_is_that_of_the_networks_own_masks(tmp_path):
     for i, (width, height) in enumerate([(16, 12), (12, 20), (27, 12)]):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         truth = rng.integers(0, 2, (height, width), dtype=np.uint8)
-        pairs.append((attention.Named(f"{i}", lambda image=image: image), save(tmp_path / f"{i}.png", truth)))
-        seen, maps = attention.look(network, image, 12, CropPolicy())  # the side is 12: nothing is resized
+        pairs.append((NamedImage(f"{i}", lambda image=image: image), save(tmp_path / f"{i}.png", truth)))
+        seen, maps = look(network, image, 12, CropPolicy())  # the side is 12: nothing is resized
         left, top = (width - seen.width) // 2, (height - seen.height) // 2
         part = truth[top : top + seen.height, left : left + seen.width].astype(bool)
         row = []
         for one in maps:
-            mask = attention.keep_mass(one).numpy().repeat(4, 0).repeat(4, 1)
+            mask = keep_mass(one).numpy().repeat(4, 0).repeat(4, 1)
             row.append((mask & part).sum() / (mask | part).sum())
         expected.append(row)
     found = evaluate_segmentation(network, pairs, CropPolicy(), side=12)
@@ -273,9 +275,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(run: Path, **flags: Any) -> Segmentation:
+def command(run: Path, **flags: Any) -> SegmentationCommand:
     options = {"images": str(run / "images"), "masks": str(run / "masks"), "ignore": 255, "device": "cpu"}
-    return Segmentation(**({"weights": str(run)} | options | flags))
+    return SegmentationCommand(**({"weights": str(run)} | options | flags))
 
 
 def test_the_table_has_each_head_and_the_best_of_each_image(run: Path, capsys):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastdino import checkpoint, export
 from fastdino.config import Config
-from fastdino.dino import DINO, load_backbone
+from fastdino.dino import DINO
 from fastdino.export import Export
 from fastdino.vit import VisionTransformer
+from fastdino.weights import load_backbone
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -200,7 +201,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
             m.setitem(sys.modules, module, None)
             m.setattr(export, "find_spec", lambda name: None)
             refused(rf"needs .*{module}.*pip install 'fastdino\[{to}\]'", to=to)
-    monkeypatch.setattr(export, "MOST_NUMBERS", 1000)
+    monkeypatch.setattr(export, "MAX_PARAMETERS", 1000)
     refused("an ONNX file holds 2 GB", to="onnx")
     with pytest.raises(FileNotFoundError):
         export.export(Export(weights=str(tmp_path / "none.pth"), to="torch"))

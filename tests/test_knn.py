@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastdino.config import CropPolicy
 from fastdino.data import open_source
-from fastdino.eval import knn
-from fastdino.eval.features import extract, raw_pixels
+from fastdino.eval.common import extract, raw_pixels
 from fastdino.eval.knn import KS, TEMPERATURE, evaluate_knn, knn_accuracy, knn_correct
 
 POLICY = CropPolicy(global_crops_size=14, local_crops_number=0)
@@ -73,12 +72,11 @@ def test_chunks_change_nothing(leave_one_out, chunk_bytes):
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("columns", [1, 13, 80])
 @pytest.mark.parametrize("ks", [(1, 5), (20, 200)])  # fewer and more than a block of neighbours has
-def test_blocks_of_neighbours_change_nothing(leave_one_out, columns, ks, monkeypatch):
+def test_blocks_of_neighbours_change_nothing(leave_one_out, columns, ks):
     train, labels = clusters(80, [0, 1, 2])
     test = () if leave_one_out else clusters(57, [0, 1, 2])
     whole = knn_accuracy(train, labels, *test, ks=ks)
-    monkeypatch.setattr(knn, "COLUMNS", columns)
-    assert knn_accuracy(train, labels, *test, ks=ks, chunk_bytes=700) == whole
+    assert knn_accuracy(train, labels, *test, ks=ks, chunk_bytes=700, columns=columns) == whole
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ LAYERS = (
     ("distributed",),
     ("cli", "optim"),
     ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "vit", "monitor"),
-    ("backbones", "weights"),
+    ("backbones",),
+    ("weights",),
     ("dino",),
     ("update",),
     ("run",),
     ("health",),
-    ("compare", "eval", "export"),
+    ("eval", "export"),
     ("train",),
-    ("ablate",),
     ("__init__",),
 )
 LAYER = {stem: i for i, stems in enumerate(LAYERS) for stem in stems}
@@ -45,7 +46,13 @@ def violations(stem: str, source: str) -> list[str]:
     bad = []
     for name in imports(source):
         root, _, rest = name.partition(".")
-        if root in ("", "kernels", "benchmarks", "tests"):  # relative, or from outside the package
+        if root in (
+            "",
+            "kernels",
+            "benchmarks",
+            "experiments",
+            "tests",
+        ):  # relative, or from outside the package
             bad.append(name)
         elif root == "fastdino":
             target = rest.partition(".")[0]
@@ -78,6 +85,7 @@ def test_modules_import_only_from_layers_below(stem: str, path: Path) -> None:
         ("data", "from .crops import View"),
         ("loss", "from kernels import dino_loss"),
         ("train", "import benchmarks.ops"),
+        ("train", "from experiments import ablation"),
         ("train", "from tests import conftest"),
         ("ops", "from PIL import Image"),
         ("ops", "from torchvision import models"),
@@ -99,6 +107,86 @@ def test_a_wrong_import_is_seen(stem: str, source: str) -> None:
 )
 def test_a_right_import_is_let_through(stem: str, source: str) -> None:
     assert violations(stem, source) == []
+
+
+# The same for the files within a folder; * alone stands for all that nothing else stands for.
+WITHIN = {
+    "data": (
+        ("images", "machine", "crops"),
+        ("sources",),
+        ("shards", "loader"),
+        ("dali", "feed"),
+        ("__init__",),
+        ("samples", "tool"),
+    ),
+    # an op imports its launchers
+    "ops": (("native", "multi_crop_row"), ("*_cpu", "*_triton"), ("*",), ("__init__",)),
+}
+
+
+def place_within(folder: str, stem: str) -> int | None:
+    """The layer of a file within its folder; None if it has none."""
+    layers = WITHIN[folder]
+    found = [i for i, patterns in enumerate(layers) for pattern in patterns if fnmatch(stem, pattern)]
+    exact = [i for i in found if "*" not in layers[i]]
+    return (exact or found or [None])[0]
+
+
+def violations_within(folder: str, stem: str, source: str) -> list[str]:
+    """What the file `stem` of a folder imports from that folder against the order of its files."""
+    if (place := place_within(folder, stem)) is None:
+        return [f"{stem} is in no layer of {folder}"]
+    bad = []
+    for name in imports(source):
+        if f"{name}.".startswith(f"fastdino.{folder}."):
+            target = name.split(".")[2] if name.count(".") > 1 else "__init__"
+            target = target if (PACKAGE / folder / f"{target}.py").exists() else "__init__"
+            target_place = place_within(folder, target)
+            if target_place is None or target_place >= place:
+                bad.append(name)
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("folder", "path"),
+    [(folder, path) for folder in WITHIN for path in sorted((PACKAGE / folder).glob("*.py"))],
+    ids=lambda x: x if isinstance(x, str) else x.stem,
+)
+def test_files_import_only_from_layers_below_within_their_folder(folder: str, path: Path) -> None:
+    assert violations_within(folder, path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "stem", "source"),
+    [
+        ("data", "sources", "def f():\n    from fastdino.data import shards"),
+        ("data", "sources", "from fastdino.data import Batch"),
+        ("data", "shards", "from fastdino.data import cores"),
+        ("data", "dali", "import fastdino.data"),
+        ("data", "dali", "from fastdino import data"),
+        ("data", "__init__", "from fastdino.data.tool import Pack"),
+        ("data", "nowhere", "import torch"),
+        ("ops", "native", "from fastdino.ops.ema import ema_"),
+        ("ops", "ema_triton", "from fastdino.ops.ema import ema_ref_"),
+        ("ops", "ema_cpu", "from fastdino.ops import ema_"),
+        ("ops", "ema", "from fastdino.ops import multi_crop"),
+    ],
+)
+def test_a_wrong_import_within_a_folder_is_seen(folder: str, stem: str, source: str) -> None:
+    assert violations_within(folder, stem, source)
+
+
+@pytest.mark.parametrize(
+    ("folder", "stem", "source"),
+    [
+        ("data", "shards", "from fastdino.data.machine import cores\nfrom fastdino.data import sources"),
+        ("data", "tool", "from fastdino.data import open_source, shards"),
+        ("ops", "new", "from fastdino.ops import native\nfrom fastdino.ops.ema_triton import ema_triton_"),
+        ("ops", "new_cpu", "from fastdino.ops import native"),
+    ],
+)
+def test_a_right_import_within_a_folder_is_let_through(folder: str, stem: str, source: str) -> None:
+    assert violations_within(folder, stem, source) == []
 
 
 IMPORT_ALL = """

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino.ops import Linear, linear
-from fastdino.ops.linear import _ONEDNN, linear_ref
+from fastdino.ops.linear import linear_ref
+from fastdino.ops.native import ONEDNN
 
-onednn = pytest.mark.skipif(not _ONEDNN, reason="this processor has no AVX-512, or torch no oneDNN")
+onednn = pytest.mark.skipif(not ONEDNN, reason="this processor has no AVX-512, or torch no oneDNN")
 
 
 class Seen(TorchDispatchMode):
@@ -48,10 +49,10 @@ def assert_as_accurate(
 ) -> None:
     """Each error at most twice that of torch's own form, plus one rounding: of the result, or where that is a
     few numbers, whose error is luck, of the terms that they sum."""
-    for i, (a, b, true, its) in enumerate(zip(ours, plain, truth, terms, strict=True)):
+    for i, (a, b, true, summed) in enumerate(zip(ours, plain, truth, terms, strict=True)):
         assert a.shape == true.shape
         assert a.dtype == b.dtype
-        rounding = torch.finfo(a.dtype).eps * (true if true.numel() > 64 else its).norm()
+        rounding = torch.finfo(a.dtype).eps * (true if true.numel() > 64 else summed).norm()
         bound = 2 * (b.double() - true).norm() + rounding
         assert (a.double() - true).norm() <= bound, ("out", "x", "weight", "bias")[i]
 
@@ -62,7 +63,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | Non
     inputs = [x, weight, bias]
     with Seen() as seen:
         ours = run(linear, inputs, upstream)
-    assert seen.ours() == 3 * _ONEDNN  # the output and two gradients
+    assert seen.ours() == 3 * ONEDNN  # the output and two gradients
     plain = run(F.linear, inputs, upstream)
 
     wide = [None if x is None else x.double() for x in inputs]
@@ -150,7 +151,7 @@ def test_what_is_frozen_gets_no_gradient_and_costs_nothing(frozen: str) -> None:
         if frozen != "all":
             out.backward(upstream)
     expected = {"x": 2, "weight": 2, "bias": 3, "all": 1}
-    assert seen.ours() == expected[frozen] * _ONEDNN
+    assert seen.ours() == expected[frozen] * ONEDNN
     if frozen != "all":
         F.linear(*twins.values()).backward(upstream)
     for name, leaf in leaves.items():
@@ -218,7 +219,7 @@ def test_the_layer_is_torchs_in_names_start_and_values() -> None:
     x = torch.randn(5, 8, 37)
     with Seen() as seen:
         out = ours(x)
-    assert seen.ours() == _ONEDNN
+    assert seen.ours() == ONEDNN
     exact = x.double() @ plain.weight.double().T + plain.bias.double()
     assert_as_accurate([out.detach()], [plain(x).detach()], [exact.detach()], [exact.detach()])
     assert list(dict(Linear(37, 61, bias=False).named_parameters())) == ["weight"]
@@ -262,7 +263,7 @@ def test_linear_compiles_without_a_graph_break(dynamo: None, dynamic: bool) -> N
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert len(graphs) == (1 if dynamic else 2)
-    assert all(("fastdino.linear_onednn" in graph) == _ONEDNN for graph in graphs)
+    assert all(("fastdino.linear_onednn" in graph) == ONEDNN for graph in graphs)
 
 
 def test_an_exported_graph_holds_torchs_operators_alone() -> None:

@@ -355,7 +355,7 @@ def test_a_note_on_sizes_does_without_unreadable_files(holed, tmp_path_factory):
 )
 def test_workers_follow_the_cores_this_process_may_use(monkeypatch, tmp_path, cores, quota, batch, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    monkeypatch.setattr(data, "_CPU_QUOTA", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr(data.machine, "_CPU_QUOTA", str(tmp_path / "cpu.max"))
     if quota:
         (tmp_path / "cpu.max").write_text(quota + "\n")
     assert data.choose_workers(batch) == expected
@@ -415,7 +415,7 @@ def test_other_errors_pass_as_they_are(folder, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(data, "render_into", fail)
+    monkeypatch.setattr(data.loader, "render_into", fail)
     with pytest.raises(type(error)) as caught:
         load(folder)
     assert caught.value is error

@@ -1,11 +1,11 @@
 """The C++ crops against Pillow's, bit for bit: every operation, size and instruction set."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastdino import ops
@@ -158,6 +158,39 @@ def test_without_the_library_pillow_makes_the_views(monkeypatch):
         assert torch.equal(its[0], to_tensor(render(image, view)))
     with pytest.raises(ValueError, match=r"cannot run: .*makes a view by Pillow"):
         multi_crop([pixels(image)], encode(views)[None], out, impl="cpu")
+
+
+@dataclass(frozen=True)
+class Posterized(View):
+    """A view with a parameter for which the kernels' row has no place."""
+
+    bits: int = 8
+
+
+def test_a_view_that_the_kernel_cannot_make_is_pillow_s_and_the_others_the_kernel_s(isa, monkeypatch):
+    def posterize(image: Image.Image, view: View) -> Image.Image:
+        assert view.bits < 8
+        return ImageOps.posterize(render(image, view), view.bits)
+
+    def count(images: list[Tensor], parameters: Tensor, out: list[Tensor]) -> None:
+        made.append(len(out))
+        multi_crop(images, parameters, out)
+
+    image, made = noise(50, 60), []
+    views = [
+        Posterized(**vars(view), bits=2 if i in (0, 3) else 8)
+        for i, view in enumerate(draw(MIXED, 0, 0, 0, image.size))
+    ]
+    expected = [posterize(image, view) if view.bits < 8 else render(image, view) for view in views]
+    monkeypatch.setattr(crops, "render", posterize)
+    monkeypatch.setattr(crops, "multi_crop", count)
+    out, around = guarded(views)
+    render_into(image, views, out)
+    assert all(torch.equal(x[0], to_tensor(y)) for x, y in zip(out, expected, strict=True))
+    assert all((x == 171).all() for x in around)
+    assert made == [6]
+    render_into(image, [views[0]], out[:1])
+    assert made == [6]
 
 
 def bytes_(*shape: int) -> Tensor:

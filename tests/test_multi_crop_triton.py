@@ -65,6 +65,13 @@ def check(images: Sequence[np.ndarray], views: Sequence[Sequence[View]], shift: 
             assert torch.equal(made, expected), f"{(made != expected).sum()} of {made.numel()} differ in {x}"
 
 
+def launch(dtype: torch.dtype) -> None:
+    """Launches the kernels, which take no logits, once: compile_triton.py makes machine code of them."""
+    views = [view(64, (0, 0, 90, 120), jitter=(("contrast", 1.2),), blur=1.0)]
+    images, out = [torch.zeros(90, 120, 3, dtype=torch.uint8)], [torch.zeros(1, 3, 64, 64, dtype=torch.uint8)]
+    multi_crop(images, encode(views)[None], out)
+
+
 ALONE = [
     {"flip": True},
     {"grayscale": True},

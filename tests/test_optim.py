@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_config
 from torch import Tensor, nn
 
 from fastdino import optim
-from fastdino.config import OptimConfig
+from fastdino.config import PRESETS, Config, OptimConfig
 from fastdino.head import DINOHead
+from fastdino.optim import Schedule
 from fastdino.vit import VisionTransformer
 
 
@@ -77,6 +81,121 @@ def test_peak_lr_is_per_256_images():
     config = OptimConfig(lr=5e-4, batch_size=1024)
     assert optim.peak_lr(config) == pytest.approx(2e-3)
     assert optim.peak_lr(dataclasses.replace(config, batch_size=64)) == pytest.approx(1.25e-4)
+
+
+IMAGENET = 1_281_167
+
+
+def published(preset: str, batch: int) -> tuple[Schedule, Config, int]:
+    """A preset's schedule on ImageNet, as official DINO trains it."""
+    config = PRESETS[preset][1]
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=batch))
+    return Schedule(config, IMAGENET // batch), config, IMAGENET // batch
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch"), [("vit-small-16", 1024), ("vit-small-16-boost", 512), ("resnet50", 1024)]
+)
+def test_the_settings_of_every_step_are_the_published_schedules(preset: str, batch: int) -> None:
+    schedule, config, per_epoch = published(preset, batch)
+    cfg, method = config.optim, config.method
+    total, warmup = cfg.epochs * per_epoch, 10 * per_epoch
+    assert schedule.total_steps == total
+    assert schedule.notes == []
+    lr = official_schedule(cfg.lr * batch / 256, cfg.min_lr, total, warmup)
+    decay = official_schedule(cfg.weight_decay, cfg.weight_decay_end, total)
+    momentum = official_schedule(method.momentum_teacher, 1.0, total)
+    warm = method.warmup_teacher_temp_epochs
+    temps = np.concatenate(
+        (np.linspace(0.04, method.teacher_temp, warm), np.full(cfg.epochs - warm, method.teacher_temp))
+    )
+    steps = [*range(0, total, 997), warmup - 1, warmup, per_epoch - 1, per_epoch, total - 1]
+    for step in steps:
+        settings = schedule.at(step)
+        assert (settings.step, settings.epoch) == (step, step // per_epoch)
+        found = (settings.lr, settings.weight_decay, settings.momentum, settings.teacher_temp)
+        expected = (lr[step], decay[step], momentum[step], temps[step // per_epoch])
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-16), step
+        assert settings.freeze_last_layer == (step < per_epoch)
+        assert not settings.freeze_backbone
+
+
+def test_published_numbers_stand_where_they_were_published() -> None:
+    schedule, _, per_epoch = published("vit-small-16-boost", 1024)
+    assert schedule.at(0).lr == 0.0
+    assert schedule.at(10 * per_epoch - 1).lr == pytest.approx(2e-3)
+    last = schedule.at(300 * per_epoch - 1)
+    assert last.lr == pytest.approx(1e-6, rel=1e-3)
+    assert last.weight_decay == pytest.approx(0.4)
+    assert (schedule.at(0).momentum, last.momentum) == (0.996, pytest.approx(1.0))
+    assert (schedule.at(0).teacher_temp, schedule.at(29 * per_epoch).teacher_temp) == (0.04, 0.07)
+
+
+def small(epochs: int, per_epoch: int, **flags: Any) -> Schedule:
+    return Schedule(make_config(Path(), Path("run"), epochs=epochs, warmup_epochs=0, **flags), per_epoch)
+
+
+def test_logs_saves_and_evaluations_are_due_at_their_steps() -> None:
+    flags = {"log_every": 3, "save_every": 5, "keep_every_epochs": 2, "knn_every_epochs": 2}
+    schedule = small(3, 4, **flags)
+    settings = [schedule.at(step) for step in range(12)]
+
+    def done(name: str) -> list[int]:
+        return [s.step + 1 for s in settings if getattr(s, name)]
+
+    assert done("begins_epoch") == [1, 5, 9]
+    assert done("ends_epoch") == [4, 8, 12]
+    assert done("saves") == [5, 8, 10, 12]  # each fifth; the end of the second epoch, for good; the last
+    assert done("logs") == [3, 4, 5, 6, 8, 9, 10, 12]  # each third; the ends of epochs; what is saved
+    assert done("evaluates") == [8, 12]  # each second epoch, and the last
+    assert schedule.keep_every == 8
+
+
+def test_nothing_is_evaluated_or_kept_for_good_unless_asked() -> None:
+    schedule = small(2, 3, keep_every_epochs=0, knn_every_epochs=0, save_every=100)
+    settings = [schedule.at(step) for step in range(6)]
+    assert not any(s.evaluates for s in settings)
+    assert [s.step for s in settings if s.saves] == [5]
+
+
+def test_warmups_longer_than_the_run_are_shortened_and_the_schedule_says_so() -> None:
+    config = make_config(
+        Path(),
+        Path("run"),
+        epochs=9,
+        warmup_epochs=10,
+        warmup_teacher_temp=0.02,
+        teacher_temp=0.05,
+        warmup_teacher_temp_epochs=30,
+    )
+    schedule = Schedule(config, 10)
+    assert "shortened" in " ".join(schedule.notes)
+    assert schedule.at(8).lr == pytest.approx(optim.peak_lr(config.optim))  # a tenth of 90 updates
+    temps = [schedule.at(10 * epoch).teacher_temp for epoch in range(9)]
+    assert temps[:4] == pytest.approx([0.02, 0.035, 0.05, 0.05])  # three tenths of 9 epochs
+
+
+def test_the_backbone_is_frozen_while_the_head_warms_up_and_the_schedule_begins_after_it() -> None:
+    config = make_config(
+        Path(), Path("run"), epochs=4, warmup_epochs=1, init_from="weights.pth", head_warmup_steps=3
+    )
+    schedule, peak = Schedule(config, 5), optim.peak_lr(config.optim)
+    settings = [schedule.at(step) for step in range(20)]
+    assert [s.freeze_backbone for s in settings] == [True] * 3 + [False] * 17
+    assert [s.lr for s in settings[:3]] == pytest.approx([peak / 3, 2 * peak / 3, peak])
+    after = official_schedule(peak, config.optim.min_lr, 17, 5)
+    assert [s.lr for s in settings[3:]] == pytest.approx(after.tolist())
+
+
+@pytest.mark.parametrize("step", [-1, 12])
+def test_a_step_outside_the_run_is_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step is {step}, but the run has steps 0 to 11"):
+        small(3, 4).at(step)
+
+
+def test_an_epoch_without_an_update_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps_per_epoch is 0"):
+        small(3, 0)
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])

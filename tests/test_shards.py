@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import shards
+from fastdino.data import Unreadable, open_source, shards
 from fastdino.data.shards import Shards, expand, index_path, load_index, save_index, scan
-from fastdino.data.sources import Source, Unreadable, epoch_order, open_source
+from fastdino.data.sources import Source, epoch_order
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -116,7 +116,7 @@ def test_images_are_found_in_their_order_and_the_rest_is_ignored(tmp_path):
         (["x/1.png", "x/2.png"], None),
         (["x/1.png", "2.png"], None),
         (["1.png", "1.cls=a", "2.png", "2.cls=a"], None),
-        (["1.png", "2.png", "3.cls=c", "2.cls=b", "1.cls=a"], ["a", "b"]),  # not sorted; no image of class c
+        (["1.png", "3.cls=c", "1.json", "2.cls=b", "2.png"], None),  # not an image's neighbour: no label
         (["1.png", "1.cls=a", "1.png", "1.cls=b"], ["a", "b"]),  # the same key twice
         (["1.a.png", "1.cls=a", "1.b.png", "2.png", "2.cls=b"], ["a", "a", "b"]),
     ],

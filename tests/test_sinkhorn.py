@@ -65,6 +65,7 @@ def test_rows_of_all_ranks_count(tmp_path):
         ((torch.zeros(0, 3), 0.1), "teacher has shape"),
         ((torch.zeros(3), 0.1), "teacher has shape"),
         ((torch.zeros(2, 3), 0.0), "temp is"),
+        ((torch.zeros(2, 3), torch.ones(2)), "temp has shape"),
         ((torch.zeros(2, 3), 0.1, 0), "iterations is 0"),
     ],
 )

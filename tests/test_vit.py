@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from fastdino import vit
 from fastdino.config import RunConfig
 from fastdino.distributed import parallelize
-from fastdino.ops.attention import packing
+from fastdino.ops.packed_attention import packing
 from fastdino.vit import (
     VisionTransformer,
     vit_base,

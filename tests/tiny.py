@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from fastdino import checkpoint
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
+from fastdino.dino import DINO
 
 
 def make_images(folder: Path, n: int, classes: int = 0) -> Path:
@@ -59,3 +60,16 @@ def final_tensors(out: Path, step: int) -> dict[str, Tensor]:
     into = {name: torch.zeros(m.size, dtype=m.properties.dtype) for name, m in shapes.items()}
     checkpoint.load(path, into)
     return into
+
+
+def make_dino(**flags: Any) -> DINO:
+    """The tiny run's networks, the same ones each time."""
+    torch.manual_seed(0)
+    return DINO(make_config(Path("unused"), Path("unused"), **flags))
+
+
+def perturb(module: nn.Module) -> None:
+    """Move every parameter away from where it is."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p))

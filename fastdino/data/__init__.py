@@ -1,54 +1,87 @@
-"""Batches of crops for a whole run: which images make each batch, and the workers that load and crop them."""
+"""Opening: the images that a path names, and the loader of their batches of crops."""
 
-import math
 import os
-import signal
 import statistics
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader
 
 from fastdino.config import CropPolicy
-from fastdino.data.crops import draw, enough_pixels, render_into
-from fastdino.data.sources import Source, Unreadable, epoch_order, open_source
+from fastdino.data import shards
+from fastdino.data.crops import enough_pixels
+from fastdino.data.dali import DaliLoader, Encoded
+from fastdino.data.images import Unreadable
+from fastdino.data.loader import (
+    Batch,
+    Crops,
+    Loader,
+    PieceOrder,
+    identity_collate,
+    share_of,
+    steps_per_epoch,
+)
+from fastdino.data.machine import choose_workers, cores, init_worker
+from fastdino.data.sources import Source, describe_contents, epoch_order, list_folder, read_list
 
 __all__ = [
     "Batch",
+    "Crops",
     "Loader",
     "Source",
     "Unreadable",
     "choose_loader",
     "choose_workers",
+    "cores",
     "crop_size_warning",
     "epoch_order",
+    "identity_collate",
     "make_loader",
     "open_source",
     "share_of",
     "steps_per_epoch",
 ]
 
-MAX_IN_A_ROW = 100  # unreadable files one after the other, before the run stops
-_CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
-T = TypeVar("T")
+_GIVE = "give a folder of images or a text file with one path a line, or tar shards ('DIR/{000..127}.tar')"
 
 
-@dataclass
-class Batch:
-    """Views of B images, on the CPU, or where DALI decodes on the device."""
+def open_source(path: str) -> Source:
+    """The images of a folder, of a text file, or of tar shards.
 
-    views: list[Tensor]  # in the order g1 g2 l1 ... ln, each uint8 (B, 3, size, size), contiguous
-    indices: Tensor  # int64 (B,) on the CPU: the images used, as numbered by the source
-    unreadable: list[str]  # paths of this batch's files that could not be read; others took their places
-    reasons: list[str]  # why, in the same order
-    by_pillow: int = 0  # images that DALI could not decode or was not given, and Pillow did
+    Folder: every file below it with an image's extension, sorted by path; hidden files and folders are
+    skipped, links to folders are followed, once around. If every image lies in one of two or more sub-folders
+    of the folder itself, the sub-folder is its class. Text file: a path a line, relative to the text file's
+    folder, and optionally a tab and a class; blank lines and lines that begin with # are skipped. Listed
+    files are not looked at before they are loaded. Shards: a file NAME.tar, several as DIR/{000..127}.tar,
+    DIR/{a,b}.tar or DIR/*.tar, or a folder that holds tars itself and no images at any depth; see
+    `shards.Shards`.
+
+    Raises FileNotFoundError if there is no such path and ValueError if it holds no images, saying what it
+    holds.
+    """
+    if not path:
+        raise ValueError(f"no images given: {_GIVE}")
+    if os.path.isdir(path):
+        source, others = list_folder(path)
+        if len(source):
+            return source
+        if tars := sorted(
+            name for name in os.listdir(path) if shards.is_tar(name) and not name.startswith(".")
+        ):
+            return shards.open_shards(path, [os.path.join(path, name) for name in tars])
+        raise ValueError(f"{path}: {describe_contents(others)}")
+    if not os.path.exists(path) and (named := shards.expand(path)) != [path]:
+        return shards.open_shards(path, named)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such folder or file; {_GIVE}")
+    if os.path.isfile(path) and shards.is_tar(path):
+        return shards.open_shards(path, [path])
+    source = read_list(path)
+    if not len(source):
+        raise ValueError(f"{path}: no paths in it; write one path of an image a line")
+    return source
 
 
 def choose_loader(name: str, device: torch.device) -> tuple[str, str]:
@@ -62,29 +95,6 @@ def choose_loader(name: str, device: torch.device) -> tuple[str, str]:
             return "torchvision", f"the CPU makes the crops; DALI would on the GPU: {install}"
         return ("dali" if device.type == "cuda" else "torchvision"), ""
     return name, ""
-
-
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Batches in a pass over n images, without the last incomplete one, as official DINO.
-
-    Raises ValueError if there is none.
-    """
-    if n < batch_size:
-        raise ValueError(
-            f"--batch-size {batch_size} is larger than the {n} images: lower it to {n} or less, or add images"
-        )
-    return n // batch_size
-
-
-def share_of(batch_size: int, pieces: int, ranks: int) -> int:
-    """Images that a rank gets of each piece of a batch; raises ValueError where it does not divide."""
-    if batch_size % (pieces * ranks):
-        raise ValueError(
-            f"--batch-size {batch_size} is not a multiple of --accumulate {pieces}"
-            + (f" times {ranks} ranks" if ranks > 1 else "")
-            + ": change one of them"
-        )
-    return batch_size // pieces // ranks
 
 
 def crop_size_warning(source: Source, policy: CropPolicy) -> str | None:
@@ -131,7 +141,7 @@ def make_loader(
     rank: int = 0,
     ranks: int = 1,
     local_ranks: int = 1,
-) -> "Loader":
+) -> Loader:
     """One rank's share of the batches of steps start_step to total_steps - 1.
 
     A step has `pieces`, of which each rank gets batch_size / pieces / ranks images, neighbours in the order.
@@ -155,16 +165,14 @@ def make_loader(
     device = torch.device(device)
     steps = range(start_step, total_steps)
     options: dict[str, Any] = {
-        "batch_sampler": _Order(source, shuffle_buffer, batch_size, share, seed, steps, rank, ranks),
+        "batch_sampler": PieceOrder(source, shuffle_buffer, batch_size, share, seed, steps, rank, ranks),
         "num_workers": workers,
-        "collate_fn": as_is,
-        "worker_init_fn": _init_worker,
+        "collate_fn": identity_collate,
+        "worker_init_fn": init_worker,
         "prefetch_factor": 2 if workers else None,
         "generator": torch.Generator(),  # else the loader would draw from torch's global generator
     }
     if loader == "dali":
-        from fastdino.data.dali import DaliLoader, Encoded
-
         encoded = DataLoader(Encoded(source, policy, seed), **options)
         return DaliLoader(encoded, policy, device, share, threads=choose_workers(8, local_ranks))
     return Loader(
@@ -175,208 +183,3 @@ def make_loader(
         ),
         policy,
     )
-
-
-class Loader:
-    """Iterates over a run's batches; workers start with the iteration and end with it."""
-
-    def __init__(self, loader: DataLoader, policy: CropPolicy) -> None:
-        self._loader = loader
-        self.sizes = view_sizes(policy)
-
-    @property
-    def workers(self) -> int:
-        """Processes that load; 0 if this one does."""
-        return self._loader.num_workers
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        with closing(self.arriving()) as arriving:
-            for pixels, indices, failed in arriving:
-                yield Batch(
-                    split_views(pixels, self.sizes),
-                    indices,
-                    [path for path, _ in failed],
-                    [reason for _, reason in failed],
-                )
-
-    def arriving(self) -> Generator[Any, None, None]:
-        """What the dataset makes of each piece; raises what it returned as Unreadable."""
-        batches = iter(self._loader)
-        died = ""
-        try:
-            while True:
-                try:
-                    loaded = next(batches)
-                except StopIteration:
-                    return
-                # a worker's death is noticed by the DataLoader or, earlier, by its closed socket
-                except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                    about_worker = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
-                    if not about_worker or str(error).startswith("Caught "):  # raised in a worker that lives
-                        raise
-                    died = str(error).strip() or type(error).__name__
-                if died:  # not raised while handling: the first error's traceback would keep the workers
-                    raise RuntimeError(
-                        f"a process that loads images died ({died}): often memory ran out; lower "
-                        "--workers or --batch-size, or give the container more shared memory (--shm-size)"
-                    )
-                if isinstance(loaded, Unreadable):
-                    raise loaded
-                yield loaded
-        finally:
-            del batches  # ends the workers now, not when the traceback that holds this frame is dropped
-
-
-# all views flat, indices, (path, reason) of unreadable files
-Loaded = tuple[Tensor, Tensor, list[tuple[str, str]]]
-
-
-def view_sizes(policy: CropPolicy) -> list[int]:
-    """Side in pixels of each view of an image."""
-    return [policy.global_crops_size] * policy.n_global + [
-        policy.local_crops_size
-    ] * policy.local_crops_number
-
-
-def split_views(pixels: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Views (B, 3, size, size) of the flat pixels of a batch."""
-    n = pixels.numel() // (3 * sum(size**2 for size in sizes))
-    parts = pixels.split([n * 3 * size**2 for size in sizes])
-    return [part.view(n, 3, size, size) for part, size in zip(parts, sizes, strict=True)]
-
-
-class _Order(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, index), one for each piece of each step: this rank's `share` of it."""
-
-    def __init__(
-        self,
-        source: Source,
-        buffer: int,
-        batch_size: int,
-        share: int,
-        seed: int,
-        steps: range,
-        rank: int,
-        ranks: int,
-    ) -> None:
-        self.source, self.buffer = source, buffer
-        self.batch_size, self.share, self.seed, self.steps = batch_size, share, seed, steps
-        self.rank, self.ranks = rank, ranks
-
-    def __len__(self) -> int:
-        return len(self.steps) * (self.batch_size // (self.share * self.ranks))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = steps_per_epoch(len(self.source), self.batch_size)
-        share, piece = self.share, self.share * self.ranks
-        current = -1
-        for step in self.steps:
-            epoch, place = divmod(step, per_epoch)
-            if epoch != current:
-                order, current = self.source.order(self.seed, epoch, self.buffer), epoch
-            for first in range(place * self.batch_size, (place + 1) * self.batch_size, piece):
-                start = first + self.rank * share
-                yield [(epoch, i) for i in order[start : start + share].tolist()]
-
-
-class Crops(Dataset[Loaded | Unreadable]):
-    """Makes a whole batch at once, so that each pixel is written once, into the memory that is sent."""
-
-    def __init__(self, source: Source, policy: CropPolicy, seed: int, enough: int = 0) -> None:
-        self.source, self.policy, self.seed, self.enough = source, policy, seed, enough
-        self.sizes = view_sizes(policy)
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> Loaded | Unreadable:
-        """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
-        # all views in one tensor: one file descriptor and one pinned allocation a batch, not one a view
-        pixels = room(len(items) * 3 * sum(size**2 for size in self.sizes))
-        views = split_views(pixels, self.sizes)
-        indices = torch.empty(len(items), dtype=torch.int64)
-        failed: list[tuple[str, str]] = []
-        for place, (epoch, index) in enumerate(items):
-            try:
-                used, image = readable(
-                    self.source, index, failed, lambda i: self.source.load(i, enough=self.enough)
-                )
-            except Unreadable as error:
-                return error
-            indices[place] = used
-            drawn = draw(self.policy, self.seed, epoch, index, image.size)
-            render_into(image, drawn, [view[place : place + 1] for view in views])
-        return pixels, indices, failed
-
-
-def room(n: int) -> Tensor:
-    """uint8 (n,) to fill; in a worker, memory that is sent without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(n, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(n))
-
-
-def readable(
-    source: Source, index: int, failed: list[tuple[str, str]], load: Callable[[int], T]
-) -> tuple[int, T]:
-    """What `load` gives for the image, or for the next one that can be read, with its index.
-
-    Only the first file is noted in `failed`: the others have places of their own.
-    """
-    n = len(source)
-    tries = min(MAX_IN_A_ROW, n)
-    for used in range(index, index + tries):
-        try:
-            return used % n, load(used % n)
-        except Unreadable as error:
-            last = error
-            if used == index:
-                failed.append((error.path, error.reason))
-    raise Unreadable(
-        last.path, f"{last.reason}; so were the {tries - 1} files before it: are the paths right?"
-    )
-
-
-def as_is(loaded: Any) -> Any:
-    """What a dataset that makes whole batches has for a collate_fn; at the top, so that it can be pickled."""
-    return loaded
-
-
-def _init_worker(worker: int) -> None:
-    """Workers leave signals to the training process, whose handlers they inherited, and obey it alone.
-
-    Ctrl-C and job managers signal the whole process group, while the trainer needs batches to end its step.
-    """
-    for ignored in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def choose_workers(batch: int, local_ranks: int = 1) -> int:
-    """Cores that this process may use, less one for itself; no more than there are images in a batch.
-
-    `local_ranks` processes of this machine share its cores.
-    """
-    return max(1, min(cores() // local_ranks - 1, batch))
-
-
-def cores() -> int:
-    """Cores of this machine that this process may use."""
-    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open(_CPU_QUOTA) as file:  # a container's share: "200000 100000" is two cores
-            quota, period = file.read().split()
-        number = min(number, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return number

@@ -4,13 +4,18 @@
 Semantics are official DINO's (paper, section 3 and appendix B): random resized crop (bicubic, antialiased),
 flip, colour jitter, grayscale, Gaussian blur, solarisation, in this order. Drawing is a pure function, so
 that any view of any image can be made again anywhere, whatever worker, rank or resumed run asks for it.
+
+To add a parameter: a field of `View`, whose default leaves the pixels as they are; its random numbers in
+`_OWN_STREAMS`; what decides it in `draw`; what it does in `render`. Pillow then makes the views in which it
+is set. For the kernels to make them, add it to ops/multi_crop_row.py, `encode` and the kernels.
 """
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -19,14 +24,25 @@ from torch import Tensor
 
 from fastdino.config import CropPolicy, Range
 from fastdino.ops import multi_crop, native
+from fastdino.ops.multi_crop_row import ADJUSTMENTS, ROW, number_of
 
-ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")
 _TRIES = 10
-# Random numbers of one view, by place: 0 flip, 1 jitter, 2-5 order, 6-9 factors, 10 grayscale, 11 blur, 12
-# radius, 13 solarise, then area, ratio, top, left of each try at a box. All are drawn whether used or not, so
-# that changing one probability or range changes nothing else.
-_BOX = 14
-_DOUBLES = _BOX + 4 * _TRIES
+# How many random numbers a view has of each name, in the order of the one stream that they come from. Never
+# edit it: every run that was begun would go on with other crops. All are drawn whether used or not, so that
+# changing one probability or range changes nothing else.
+_SHARED_STREAM = {
+    "flip": 1,
+    "jitter": 1,
+    "order": 4,  # of ADJUSTMENTS
+    "factors": 4,
+    "grayscale": 1,
+    "blur": 1,
+    "radius": 1,
+    "solarize": 1,
+    "box": 4 * _TRIES,  # area, ratio, top, left of each try
+}
+# The same for names added since. Each has a stream of its own, so adding one leaves the others as they are.
+_OWN_STREAMS: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -36,45 +52,61 @@ class View:
     size: int
     box: tuple[int, int, int, int]  # top, left, height, width
     flip: bool
-    jitter: tuple[
-        tuple[str, float], ...
-    ]  # (name, factor) in the order of application; empty: no colour jitter
+    # (name, factor) in the order of application; empty: no colour jitter
+    jitter: tuple[tuple[str, float], ...]
     grayscale: bool
     blur: float | None  # Pillow's radius
     solarize: bool
 
 
+def uniforms(seed: int, epoch: int, index: int, views: int) -> list[dict[str, list[float]]]:
+    """Random numbers in [0, 1) of each view of image `index` in `epoch`, by name.
+
+    Those of _SHARED_STREAM come from `default_rng([seed, epoch, index])`, each view taking as many as any
+    other, so more views leave the others as they are; those of _OWN_STREAMS from
+    `default_rng([seed, epoch, index, *name.encode()])`.
+    """
+    shared = np.random.default_rng([seed, epoch, index]).random((views, sum(_SHARED_STREAM.values())))
+    ends = itertools.accumulate(_SHARED_STREAM.values())
+    numbers = {
+        name: shared[:, end - n : end].tolist()
+        for (name, n), end in zip(_SHARED_STREAM.items(), ends, strict=True)
+    }
+    for name, n in _OWN_STREAMS.items():
+        stream = np.random.default_rng([seed, epoch, index, *name.encode()])
+        numbers[name] = stream.random((views, n)).tolist()
+    return [{name: rows[view] for name, rows in numbers.items()} for view in range(views)]
+
+
 def draw(policy: CropPolicy, seed: int, epoch: int, index: int, image_size: tuple[int, int]) -> list[View]:
     """Parameters of all views of image `index` in `epoch`, in the order g1 g2 l1 ... ln.
 
-    They follow from the arguments alone. All views of an image draw from one stream,
-    `default_rng([seed, epoch, index])`, each as much as any other, so more local crops leave the others as
-    they are. `image_size` is (width, height) in pixels.
+    They follow from the arguments alone, by `uniforms`. `image_size` is (width, height) in pixels.
     """
     views = []
-    numbers = np.random.default_rng([seed, epoch, index]).random((policy.n_views, _DOUBLES)).tolist()
-    for view, u in enumerate(numbers):
+    for view, u in enumerate(uniforms(seed, epoch, index, policy.n_views)):
         is_global = view < policy.n_global
         kind = min(view, 2)  # first global, second global, local
         jitter: tuple[tuple[str, float], ...] = ()
-        if u[1] < policy.jitter:
-            factors = _factors(policy, u[6:10])
-            order = sorted(range(4), key=u[2:6].__getitem__)
+        if u["jitter"][0] < policy.jitter:
+            factors = _factors(policy, u["factors"])
+            order = sorted(range(4), key=u["order"].__getitem__)
             jitter = tuple((ADJUSTMENTS[i], f) for i in order if (f := factors[i]) is not None)
+        blurred = u["blur"][0] < policy.blur[kind]
         views.append(
             View(
                 size=policy.global_crops_size if is_global else policy.local_crops_size,
                 box=_box(
-                    u[_BOX:],
+                    u["box"],
                     image_size,
                     policy.global_crops_scale if is_global else policy.local_crops_scale,
                     policy.aspect_ratio,
                 ),
-                flip=u[0] < policy.flip,
+                flip=u["flip"][0] < policy.flip,
                 jitter=jitter,
-                grayscale=u[10] < policy.grayscale,
-                blur=_uniform(policy.blur_radius, u[12]) if u[11] < policy.blur[kind] else None,
-                solarize=u[13] < policy.solarize[kind],
+                grayscale=u["grayscale"][0] < policy.grayscale,
+                blur=_uniform(policy.blur_radius, u["radius"][0]) if blurred else None,
+                solarize=u["solarize"][0] < policy.solarize[kind],
             )
         )
     return views
@@ -169,27 +201,48 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def encode(views: Sequence[View]) -> Tensor:
-    """What `fastdino.ops.multi_crop` takes for the views of one image: float64 (V, FIELDS)."""
+    """The rows that `fastdino.ops.multi_crop` takes for the views of one image: float64 (V, FIELDS).
+
+    Parameters for which a row has no place are left out, see `fits_row`.
+    """
     rows = []
     for view in views:
-        jitter = [x for name, factor in view.jitter for x in (ADJUSTMENTS.index(name) + 1, factor)]
-        blur = -1.0 if view.blur is None else view.blur
-        rows.append(
-            [*view.box, view.flip, *jitter, *[0] * (8 - len(jitter)), view.grayscale, blur, view.solarize]
-        )
+        jitter = [x for name, factor in view.jitter for x in (number_of(name), factor)]
+        row = {
+            "box": view.box,
+            "flip": [view.flip],
+            "jitter": jitter + [0] * (ROW["jitter"] - len(jitter)),
+            "grayscale": [view.grayscale],
+            "blur": [-1.0 if view.blur is None else view.blur],
+            "solarize": [view.solarize],
+        }
+        rows.append([x for name in ROW for x in row[name]])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def fits_row(view: View) -> bool:
+    """Whether the kernels can make the view: no parameter is set for which their row has no place."""
+    return all(
+        field.name in ROW or field.name == "size" or getattr(view, field.name) == field.default
+        for field in fields(view)
+    )
 
 
 def render_into(image: Image.Image, views: Sequence[View], out: Sequence[Tensor]) -> None:
     """Make the views of an RGB image, each into its uint8 (1, 3, size, size).
 
-    By the kernel; by Pillow where there is none.
+    By the kernel; by Pillow where there is none, and the views that the kernel cannot make.
     """
-    if native.isas():
-        multi_crop([pixels(image)], encode(views)[None], out)
-        return
-    for view, its in zip(views, out, strict=True):
-        its[0] = to_tensor(render(image, view))
+    kernel = bool(native.isas())
+    by_kernel = []
+    for view, target in zip(views, out, strict=True):
+        if kernel and fits_row(view):
+            by_kernel.append((view, target))
+        else:
+            target[0] = to_tensor(render(image, view))
+    if by_kernel:
+        made, targets = zip(*by_kernel, strict=True)
+        multi_crop([pixels(image)], encode(made)[None], targets)
 
 
 def describe(device: torch.device | str) -> str:

@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdino.config import CropPolicy
-from fastdino.data import Batch, Loader, Source, Unreadable, readable, room
-from fastdino.data.crops import draw, encode, pixels, render, to_tensor
-from fastdino.data.sources import decode_image, orientation_of
+from fastdino.data.crops import View, draw, encode, fits_row, pixels, render, to_tensor
+from fastdino.data.images import Unreadable, decode_image, orientation_of
+from fastdino.data.loader import Batch, Loader, load_or_next, shared_buffer
+from fastdino.data.sources import Source
 from fastdino.ops import multi_crop
 
 MAX_PIXELS = 64_000_000  # of an image that DALI is given; larger ones are Pillow's, which bounds its memory
@@ -31,7 +33,7 @@ _END = b"\xff\xd9"  # of a JPEG
 
 
 @dataclass
-class Piece:
+class EncodedBatch:
     """What a worker sends of B images."""
 
     content: Tensor  # uint8, all files one after the other, or pixels (h, w, 3) of those that Pillow decoded
@@ -42,26 +44,30 @@ class Piece:
     indices: list[int] = field(default_factory=list)  # the images used
     failed: list[tuple[str, str]] = field(default_factory=list)  # path and reason of unreadable files
     items: list[tuple[int, int]] = field(default_factory=list)  # (epoch, index) asked for
+    # (image, view, pixels uint8 (3, size, size)) of the views that no kernel can make
+    rendered: list[tuple[int, int, Tensor]] = field(default_factory=list)
 
     def of(self, i: int) -> Tensor:
         """The content of image i."""
         return self.content[self.ends[i - 1] if i else 0 : self.ends[i]]
 
 
-class Encoded(Dataset[Piece | Unreadable]):
+class Encoded(Dataset[EncodedBatch | Unreadable]):
     """Files as they are, with the drawn parameters of their views."""
 
     def __init__(self, source: Source, policy: CropPolicy, seed: int) -> None:
         self.source, self.policy, self.seed = source, policy, seed
 
-    def __getitems__(self, items: list[tuple[int, int]], by_pillow: bool = False) -> Piece | Unreadable:
+    def __getitems__(
+        self, items: list[tuple[int, int]], by_pillow: bool = False
+    ) -> EncodedBatch | Unreadable:
         """Unreadable is returned, not raised: the DataLoader would bury its message in a traceback."""
-        piece = Piece(torch.empty(0), items=items)
+        piece = EncodedBatch(torch.empty(0), items=items)
         contents, parameters = [], []
-        for epoch, index in items:
+        for place, item in enumerate(items):
             try:
-                used, (content, size, decoded) = readable(
-                    self.source, index, piece.failed, lambda i: self._open(i, by_pillow)
+                used, (content, size, decoded, views) = load_or_next(
+                    self.source, item[1], piece.failed, partial(self._open, item, by_pillow)
                 )
             except Unreadable as error:
                 return error
@@ -70,19 +76,35 @@ class Encoded(Dataset[Piece | Unreadable]):
             piece.ends.append(len(content) + (piece.ends[-1] if piece.ends else 0))
             piece.sizes.append(size[::-1])
             piece.decoded.append(decoded)
-            parameters.append(encode(draw(self.policy, self.seed, epoch, index, size)))
-        piece.content = room(piece.ends[-1])
+            parameters.append(encode(views))
+            for v, view in enumerate(views):
+                if not fits_row(view):  # so the image is decoded
+                    piece.rendered.append((place, v, to_tensor(render(_image(content, size), view))))
+        piece.content = shared_buffer(piece.ends[-1])
         np.concatenate(contents, out=piece.content.numpy())
         piece.parameters = torch.stack(parameters)
         return piece
 
-    def _open(self, index: int, by_pillow: bool) -> tuple[np.ndarray, tuple[int, int], bool]:
-        """Content, (width, height) and whether it is decoded, of an image; raises Unreadable."""
+    def _open(
+        self, item: tuple[int, int], by_pillow: bool, index: int
+    ) -> tuple[np.ndarray, tuple[int, int], bool, list[View]]:
+        """Content, (width, height), whether it is decoded, and the views drawn for `item`.
+
+        An image of which Pillow makes a view is decoded by Pillow. Raises Unreadable.
+        """
         content = self.source.read(index)
         if not by_pillow and (size := jpeg_size(content)):
-            return np.frombuffer(content, dtype=np.uint8), size, False
+            views = draw(self.policy, self.seed, *item, size)
+            if all(map(fits_row, views)):
+                return np.frombuffer(content, dtype=np.uint8), size, False, views
         image = decode_image(content, self.source.path(index))
-        return np.asarray(image).reshape(-1), image.size, True
+        views = draw(self.policy, self.seed, *item, image.size)
+        return np.asarray(image).reshape(-1), image.size, True, views
+
+
+def _image(content: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The image of decoded pixels; `size` is (width, height)."""
+    return Image.fromarray(content.reshape(size[1], size[0], 3))
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -136,7 +158,7 @@ class DaliLoader(Loader):
         """While one piece is trained on, the next one is cropped and the one after is decoded."""
         with closing(self.arriving()) as arriving:
             pipeline: Any = None
-            decoding: Piece | None = None
+            decoding: EncodedBatch | None = None
             made: tuple[Batch, Any] | None = None
             checked = False
             for piece in chain(arriving, (None, None)):
@@ -167,23 +189,21 @@ class DaliLoader(Loader):
                 if before is not None:
                     yield self._give(*before)
 
-    def _by_pillow(self, piece: Piece) -> Piece:
+    def _by_pillow(self, piece: EncodedBatch) -> EncodedBatch:
         loaded = self._loader.dataset.__getitems__(piece.items, by_pillow=True)  # type: ignore[attr-defined]
         if isinstance(loaded, Unreadable):
             raise loaded
         return loaded
 
-    def _check(self, piece: Piece, views: list[Tensor]) -> None:
+    def _check(self, piece: EncodedBatch, views: list[Tensor]) -> None:
         """Compare the first image's views with Pillow's: there are many drivers, decoders and compilers."""
         dataset: Any = self._loader.dataset
-        height, width = piece.sizes[0]
-        image = decode_image(piece.of(0).numpy().tobytes(), "") if not piece.decoded[0] else None
-        if image is None:
-            image = Image.fromarray(piece.of(0).reshape(height, width, 3).numpy())
+        content, (height, width) = piece.of(0).numpy(), piece.sizes[0]
+        image = _image(content, (width, height)) if piece.decoded[0] else decode_image(content.tobytes(), "")
         drawn = draw(dataset.policy, dataset.seed, *piece.items[0], image.size)
-        for view, its in zip(drawn, views, strict=True):
+        for view, made in zip(drawn, views, strict=True):
             by_pillow = to_tensor(render(image, view)).float()
-            difference = (its[0].cpu().float() - by_pillow).abs().mean().item()
+            difference = (made[0].cpu().float() - by_pillow).abs().mean().item()
             if difference > LARGEST_DIFFERENCE:
                 raise RuntimeError(
                     f"the crops that --loader dali makes on {self.device} differ from Pillow's by "
@@ -198,22 +218,24 @@ class DaliLoader(Loader):
                 views.record_stream(here)
         return batch
 
-    def _crop(self, piece: Piece, decoded: list[Tensor]) -> Batch:
+    def _crop(self, piece: EncodedBatch, decoded: list[Tensor]) -> Batch:
         rest, images, by_pillow = iter(decoded), [], 0
         for i, (height, width) in enumerate(piece.sizes):
-            shape, its = (height, width, 3), piece.of(i)
+            shape, content = (height, width, 3), piece.of(i)
             image = None if piece.decoded[i] else next(rest)
             if image is None or tuple(image.shape) != shape:  # or DALI turned what Pillow does not
                 by_pillow += 1
                 if image is not None:
-                    its = pixels(decode_image(its.numpy().tobytes(), "")).reshape(-1)
-                image = its.reshape(shape).to(self.device, non_blocking=True)
+                    content = pixels(decode_image(content.numpy().tobytes(), "")).reshape(-1)
+                image = content.reshape(shape).to(self.device, non_blocking=True)
             images.append(image)
         out = [
             torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
             for size in self.sizes
         ]
         multi_crop(images, piece.parameters, out)
+        for i, v, made in piece.rendered:
+            out[v][i].copy_(made)
         return Batch(
             out,
             torch.tensor(piece.indices),

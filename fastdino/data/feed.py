@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdino.data import Batch
+from fastdino.data.loader import Batch
 
 
 class Tally(NamedTuple):

@@ -14,7 +14,6 @@ import tarfile
 import time
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdino.data import cores
-from fastdino.data.sources import (
-    EXTENSIONS,
-    Source,
-    Unreadable,
-    epoch_order,
-    printable,
-    reason_of,
-    shard_order,
-)
-from fastdino.files import write_atomically
+from fastdino.data.images import EXTENSIONS, Unreadable, reason_of
+from fastdino.data.machine import cores, map_in_processes
+from fastdino.data.sources import Source, epoch_order, shard_order
+from fastdino.files import printable, write_atomically
 
 BLOCK = tarfile.BLOCKSIZE
 CLASSES = "classes.txt"  # beside the shards: the name of class 0, 1, ..., a line each; empty if there is none
@@ -65,7 +57,7 @@ class Index:
 class Shards(Source):
     """Images in tar files, as WebDataset stores them.
 
-    Members whose paths are the same up to the first dot of the base name belong together; those with an
+    Neighbours whose paths are the same up to the first dot of the base name belong together; those with an
     image's extension are images, hidden ones are skipped. If every image has a .cls member, what that holds
     is its class, named by the line of `classes.txt` beside the shards where there is one; else, if every
     image lies in one of two or more folders inside the tars, that folder is. Other members are ignored. Links
@@ -289,8 +281,13 @@ def _indexes(paths: list[str]) -> Iterator[Index]:
     if workers < 2 or multiprocessing.current_process().daemon:  # these may have no children
         yield from map(index, paths[done:])
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(index, paths[done:], chunksize=4)
+    some = [paths[i : i + 4] for i in range(done, len(paths), 4)]
+    for indexes in map_in_processes(_index_all, some, workers):
+        yield from indexes
+
+
+def _index_all(paths: list[str]) -> list[Index]:
+    return [index(path) for path in paths]
 
 
 def index(path: str) -> Index:
@@ -380,7 +377,7 @@ def _scan(path: str, tar: Any, size: int) -> Index:
     records, labels, folders = bytearray(), array("i"), array("i")
     kinds: dict[str, int] = {}
     folder_kinds: dict[str, int] = {}
-    alone: dict[str, int] = {}  # labels without an image next to them, by the key
+    # of the members whose path has this key: suffixes, label, and which image was the first
     key, suffixes, label, begin, odd = "", set[str](), -1, 0, 0
     while True:
         try:
@@ -404,8 +401,6 @@ def _scan(path: str, tar: Any, size: int) -> Index:
         if member.offset_data + member.size > size:
             break
         if group != key or suffix in suffixes:
-            if label >= 0 and begin == len(labels):
-                alone[key] = label
             key, suffixes, label, begin = group, set(), -1, len(labels)
         suffixes.add(suffix)
         if extension in EXTENSIONS:
@@ -421,8 +416,6 @@ def _scan(path: str, tar: Any, size: int) -> Index:
             text = file.read(member.size).decode("utf-8", "replace").strip()
             label = kinds.setdefault(text, len(kinds))
             labels[begin:] = array("i", [label]) * (len(labels) - begin)
-    if label >= 0 and begin == len(labels):
-        alone[key] = label
     found = Index(
         np.frombuffer(records, RECORD),
         np.array(labels, np.int32),
@@ -430,9 +423,6 @@ def _scan(path: str, tar: Any, size: int) -> Index:
         np.array(folders, np.int32),
         list(folder_kinds),
     )
-    if alone:  # an archiver that does not sort parts what belongs together
-        for i in np.flatnonzero(found.labels < 0):
-            found.labels[i] = alone.get(_split(_clean(_name(file.fileno(), found.records[i])))[0], -1)
     file.seek(tar.offset)
     if file.read(BLOCK) != bytes(BLOCK):  # a whole tar ends in zeros
         if len(found.labels) and found.labels[-1] < 0 and (found.labels[:-1] >= 0).any():

@@ -34,17 +34,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from fastdino.data import cores, shards
-from fastdino.data.sources import (
-    EXTENSIONS,
-    FORMATS,
-    Source,
-    Unreadable,
-    decode_image,
-    open_source,
-    printable,
-)
-from fastdino.files import write_atomically
+from fastdino.data import cores, open_source, shards
+from fastdino.data.images import EXTENSIONS, FORMATS, Unreadable, decode_image
+from fastdino.data.sources import Source
+from fastdino.files import printable, write_atomically
 
 MARKER = "pack.json"  # says what a folder of shards was packed from
 LEFT_OUT = "left_out.txt"  # the files that could not be read

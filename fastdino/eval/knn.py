@@ -9,30 +9,31 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdino import distributed
+from fastdino.cli import progress, say
 from fastdino.config import CropPolicy
 from fastdino.data import open_source
 from fastdino.data.sources import Source
-from fastdino.eval.features import (
-    Evaluation,
+from fastdino.eval.common import (
+    FeatureEvaluation,
     Network,
-    bar,
     check_classes,
     extract_shared,
     labels_of,
     on_device,
+    print_table,
+    rank_slice,
     raw_pixels,
-    share,
+    say_unreadable,
     untrained,
+    write_json,
 )
+from fastdino.eval.similarity import CHUNK_BYTES, COLUMNS, check_lengths, largest, similarities
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-CHUNK_BYTES = 256 << 20  # of similarities at a time; the whole matrix of ImageNet would take 256 GB
-COLUMNS = 1 << 17  # neighbours at a time: more leave few rows to a chunk, and products of few rows are slow
 
 
 @torch.no_grad()
@@ -46,6 +47,7 @@ def knn_correct(
     ks: tuple[int, ...] = KS,
     temperature: float = TEMPERATURE,
     chunk_bytes: int = CHUNK_BYTES,
+    columns: int = COLUMNS,
     device: str | torch.device | None = None,
 ) -> dict[int, int]:
     """How many images of `rows` (default: all) of the test set get their own class, for each k.
@@ -56,7 +58,8 @@ def knn_correct(
         test_features, test_labels: (M, D) and (M,); without them each training image is classified by the
             others.
         ks: neighbours that vote. One larger than the number of neighbours there are uses all of them.
-        chunk_bytes: largest block of similarities held at once.
+        chunk_bytes: memory for the similarities and votes that are held at once.
+        columns: neighbours in a block of similarities at most.
         device: where to compute, if not where the features are. What is not there is copied block by block.
 
     Raises:
@@ -65,14 +68,7 @@ def knn_correct(
     leave_one_out = test_features is None or test_labels is None
     if test_features is None or test_labels is None:
         test_features, test_labels = train_features, train_labels
-    for name, features, labels in (
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        if features.ndim != 2 or len(features) != len(labels):
-            raise ValueError(
-                f"{name}: features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match"
-            )
+    check_lengths(train=(train_features, train_labels), test=(test_features, test_labels))
     neighbours = len(train_features) - leave_one_out
     if neighbours < 1 or len(test_features) < 1:
         raise ValueError(
@@ -86,32 +82,22 @@ def knn_correct(
     device = torch.device(train_features.device if device is None else device)
     classes, train_classes = classes.to(device), train_classes.to(device)
     used = {k: min(k, neighbours) for k in ks}
-    most = max(used.values())
     correct = dict.fromkeys(ks, 0)
-    rows = range(len(test_features)) if rows is None else rows
-    columns = min(len(train_features), COLUMNS)
-    # Each row of a chunk holds a similarity per column and, per class, one vote.
-    step = max(1, chunk_bytes // (4 * (columns + len(classes))))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        test = F.normalize(test_features[start:stop].to(device).float(), dim=1)
-        nearest, index = test.new_empty(len(test), 0), train_classes.new_empty(len(test), 0)
-        for first in range(0, len(train_features), columns):
-            if start == rows.start or columns < len(train_features):  # else that of the chunk before is it
-                train = F.normalize(train_features[first : first + columns].to(device).float(), dim=1)
-            similarity = test @ train.T
-            if leave_one_out and max(start, first) < min(stop, first + len(train)):
-                own = torch.arange(max(start, first), min(stop, first + len(train)), device=device)
-                similarity[own - start, own - first] = -torch.inf
-            found = similarity.topk(min(most, len(train)), dim=1)
-            nearest = torch.cat((nearest, found.values), dim=1)
-            index = torch.cat((index, found.indices + first), dim=1)
-            if first:  # the nearest of all blocks so far, in their order
-                nearest, kept = nearest.topk(min(most, nearest.shape[1]), dim=1)
-                index = index.gather(1, kept)
+    columns = min(len(train_features), columns)
+    chunks = similarities(
+        test_features,
+        None if leave_one_out else train_features,
+        rows=range(len(test_features)) if rows is None else rows,
+        # Each row of a chunk holds a similarity per column and, per class, one vote.
+        step=max(1, chunk_bytes // (4 * (columns + len(classes)))),
+        columns=columns,
+        device=device,
+    )
+    for chunk, blocks in chunks:
+        nearest, index = largest(blocks, max(used.values()))
         # Relative to the nearest one, which changes no comparison: exp(1 / 0.01) is too large for float32.
         weight, voted = ((nearest - nearest[:, :1]) / temperature).exp(), train_classes[index]
-        truth = test_labels[start:stop].to(device)
+        truth = test_labels[chunk.start : chunk.stop].to(device)
         for k, n in used.items():
             votes = weight.new_zeros(len(weight), len(classes)).scatter_add_(1, voted[:, :n], weight[:, :n])
             correct[k] += int((classes[votes.argmax(dim=1)] == truth).sum())
@@ -148,8 +134,8 @@ def evaluate_knn(
     Each rank extracts a part of the features, and classifies a part of the images by all of `train`.
 
     Args:
-        limit: at most so many images of each source, evenly spread over it; 0 takes all.
-        extract_options: see `features.extract`.
+        limit: at most this number of images of each source, evenly spread over it; 0 takes all.
+        extract_options: see `common.extract`.
 
     Raises:
         ValueError: no labels, or a class of `val` that `train` does not have.
@@ -166,13 +152,13 @@ def evaluate_knn(
         extracted += [on_device(features, device), labels_of(source, kept, train.classes)]
     n = len(extracted[-1])
     correct = distributed.gather(
-        knn_correct(*extracted, rows=share(n), ks=ks, temperature=temperature, device=device)
+        knn_correct(*extracted, rows=rank_slice(n), ks=ks, temperature=temperature, device=device)
     )
-    return {k: 100.0 * sum(its[k] for its in correct) / n for k in ks}
+    return {k: 100.0 * sum(part[k] for part in correct) / n for k in ks}
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNN(Evaluation):
+class KnnCommand(FeatureEvaluation):
     """Weighted k-nearest-neighbour accuracy, as official DINO's eval_knn."""
 
     data: str
@@ -204,9 +190,9 @@ class KNN(Evaluation):
                 networks: dict[str, Network] = {**self._baselines(device), "teacher": teacher}
             results: dict[str, dict[int, float]] = {}
             unreadable: list[str] = []
-            images = len(share(len(train))) + (len(share(len(val))) if val else 0)
+            images = sum(len(rank_slice(len(source))) for source in (train, val) if source)
             for name, network in networks.items():
-                with bar(name, images) as advance:
+                with progress(name, images) as advance:
                     results[name] = evaluate_knn(
                         network,
                         train,
@@ -220,14 +206,15 @@ class KNN(Evaluation):
                     )
             classified = f"{len(val)} images of {self.val} by {len(train)}" if val else ""
             classified = classified or f"{len(train)} images by the others"
-            self._say(f"k-NN accuracy in %: {classified}, {len(train.classes)} classes")
+            say(f"k-NN accuracy in %: {classified}, {len(train.classes)} classes")
             columns = ("features", *(f"k = {k}" for k in self.k))
-            self._table(columns, [(n, *(f"{a[k]:.1f}" for k in self.k)) for n, a in results.items()])
+            print_table(columns, [(n, *(f"{a[k]:.1f}" for k in self.k)) for n, a in results.items()])
             neighbours = len(train) - (val is None)
             if beyond := [str(k) for k in self.k if k > neighbours]:
-                self._say(f"k = {', '.join(beyond)}: there are {neighbours} neighbours, all of them vote")
-            self._say_unreadable(unreadable)
-            self._write({name: {str(k): a for k, a in accs.items()} for name, accs in results.items()})
+                say(f"k = {', '.join(beyond)}: there are {neighbours} neighbours, all of them vote")
+            say_unreadable(unreadable)
+            figures = {name: {str(k): a for k, a in by_k.items()} for name, by_k in results.items()}
+            write_json(self.json, figures)
 
     def _baselines(self, device: torch.device) -> dict[str, Network]:
         if not self.baselines:

@@ -19,27 +19,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdino import distributed
+from fastdino.cli import progress, say
 from fastdino.config import CropPolicy, DataConfig
-from fastdino.data import as_is, crops, epoch_order, open_source
-from fastdino.data.sources import Source, Unreadable
-from fastdino.eval.features import (
-    Evaluation,
+from fastdino.data import crops, epoch_order, identity_collate, open_source
+from fastdino.data.images import Unreadable
+from fastdino.data.sources import Source
+from fastdino.eval.common import (
+    FeatureEvaluation,
     Network,
-    bar,
     check_classes,
     check_readable,
     extract,
     extract_shared,
     labels_of,
     on_device,
-    share,
+    print_table,
+    rank_slice,
+    say_unreadable,
+    write_json,
 )
 from fastdino.vit import VisionTransformer
 
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # official DINO's default, 0.001, and around it
 EPOCHS = 100
 MOMENTUM = 0.9
-REFERENCE_BATCH = 256  # rates are for so many images in an update, and scaled with them
+REFERENCE_BATCH = 256  # rates are for an update by this number of images, and scaled with it
 LOGIT_BYTES = 256 << 20  # of held-out images at a time
 
 # An epoch's batches: features (b, D) and labels (b,), of this rank.
@@ -47,7 +51,7 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Heads:
-    """Linear classifiers of the same features, one for each learning rate; each is trained as if alone.
+    """Linear classifiers of the same features, one for each learning rate, trained independently.
 
     All begin equal: weights N(0, 0.01), biases 0.
 
@@ -113,8 +117,8 @@ class Heads:
         heads, classes = self.bias.shape
         right = torch.zeros(2, heads, dtype=torch.int64, device=self.bias.device)
         rows = max(1, LOGIT_BYTES // (4 * heads * classes))
-        for its, truth in zip(x.split(rows), labels.split(rows), strict=True):
-            logits = self(its.to(self.bias.device, self.bias.dtype))
+        for part, truth in zip(x.split(rows), labels.split(rows), strict=True):
+            logits = self(part.to(self.bias.device, self.bias.dtype))
             first = logits.topk(min(5, classes), dim=-1).indices == truth.to(logits.device)[:, None, None]
             first &= logits.isfinite().all(dim=-1, keepdim=True)
             right += torch.stack((first[..., 0].sum(0), first.any(dim=-1).sum(0)))
@@ -146,7 +150,7 @@ def train_heads(
 
 
 def choose_layers(network: nn.Module, blocks: int, avgpool: bool | None) -> tuple[int, bool]:
-    """Of how many last blocks class tokens are taken, and whether the mean of the patch tokens is.
+    """The number of last blocks whose class tokens are used, and whether the mean of the patch tokens is.
 
     blocks 0 and avgpool None choose as official DINO does: four blocks up to ViT-S, one and the mean from
     ViT-B on. (0, False) for networks that are no ViT: their pooled features. Raises ValueError.
@@ -255,7 +259,7 @@ def augmented(
             _TrainViews(source, policy, seed),
             batch_sampler=_Order(source, batch_size, seed, epochs),
             num_workers=workers,
-            collate_fn=as_is,
+            collate_fn=identity_collate,
             pin_memory=device.type == "cuda",
         )
     )
@@ -292,13 +296,13 @@ def cached(features: Tensor, labels: Tensor, *, seed: int, batch_size: int, devi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Evaluation):
+class LinearCommand(FeatureEvaluation):
     """Accuracy of linear classifiers on frozen features, as official DINO's eval_linear."""
 
     data: str
     """Labelled images to train on: a folder with a sub-folder per class, or a text file of path TAB label."""
     val: str
-    """Labelled images to classify. By them learning rate and epoch are chosen, as official DINO does."""
+    """Labelled images to classify. Learning rate and epoch are chosen on them, as official DINO does."""
     lr: tuple[float, ...] = RATES
     """Learning rates for batches of 256, scaled with --batch-size; each trains a classifier of its own."""
     epochs: int = EPOCHS
@@ -306,15 +310,15 @@ class Linear(Evaluation):
     batch_size: int = 128
     """Images in an update, over all processes."""
     cached: bool = False
-    """Train on features of the plain images, computed once: seconds, and a little less accurate. Else each
-    epoch sees new random crops and flips, as official DINO's."""
+    """Compute features of the plain images once and train on them: takes seconds, a little less accurate.
+    Default: new random crops and flips in each epoch, as official DINO."""
     n_last_blocks: int = 0
-    """Of a ViT, join the class tokens of so many last blocks. Default: 4, and 1 from ViT-B on, as official
-    DINO."""
+    """ViT only: concatenate the class tokens of the last N blocks. Default, as official DINO: 4, and 1 from
+    ViT-B on."""
     avgpool: bool | None = None
-    """Of a ViT, join the mean of the patch tokens. Default: from ViT-B on, as official DINO."""
+    """ViT only: concatenate the mean of the patch tokens. Default, as official DINO: from ViT-B on."""
     seed: int = 0
-    """Of the first weights, the order of images and their crops."""
+    """Seed of the initial weights, the order of the images and their crops."""
 
     def _check(self) -> None:
         super()._check()
@@ -337,57 +341,72 @@ class Linear(Evaluation):
                 network, policy = self._load(device)
                 blocks, avgpool = choose_layers(network, self.n_last_blocks, self.avgpool)
             features, options = probe_features(network, blocks, avgpool), self._options(device)
-            unreadable: list[str] = []  # of --data
-            beside: list[str] = []  # of --val
-            mine = share(len(val))
-            with bar("held-out features", len(mine)) as advance, distributed.together():
+            unreadable: list[str] = []
+            failed: list[str] = []  # of --val
+            part = rank_slice(len(val))
+            with progress("held-out features", len(part)) as advance, distributed.together():
                 x, kept = extract(
-                    features, val, policy, indices=mine, progress=advance, unreadable=beside, **options
+                    features,
+                    val,
+                    policy,
+                    indices=part,
+                    progress=advance,
+                    unreadable=failed,
+                    **options,
                 )
             tested, width = sum(distributed.gather(len(kept))), max(distributed.gather(x.shape[1]))
             check_readable(tested, val)
             held_out = on_device(x.reshape(-1, width), device), labels_of(val, kept, train.classes)
             lrs = tuple(dict.fromkeys(self.lr))
-            heads = Heads(
-                [lr * self.batch_size / REFERENCE_BATCH for lr in lrs],
-                len(train.classes),
-                width,
-                seed=self.seed,
-                device=device,
-            )
-            if self.cached:
-                with bar("features", len(share(len(train)))) as advance:
-                    x, kept = extract_shared(
-                        features, train, policy, progress=advance, unreadable=unreadable, **options
-                    )
-                check_readable(len(kept), train)
-                x, labels = on_device(x, device), labels_of(train, kept, train.classes)
-                batches = cached(x, labels, seed=self.seed, batch_size=self.batch_size, device=device)
-            else:
-                options |= {
-                    "width": width,
-                    "seed": self.seed,
-                    "epochs": self.epochs,
-                    "unreadable": unreadable,
-                }
-                batches = augmented(features, train, policy, **options)
-            with bar("linear", self.epochs * -(-len(train) // self.batch_size), "updates") as advance:
+            rates = [lr * self.batch_size / REFERENCE_BATCH for lr in lrs]
+            heads = Heads(rates, len(train.classes), width, seed=self.seed, device=device)
+            batches = self._batches(features, train, policy, width, unreadable, options)
+            with progress("linear", self.epochs * -(-len(train) // self.batch_size), "updates") as advance:
                 found = torch.stack([*train_heads(heads, batches, self.epochs, *held_out, advance)])
-            lost = {path for its in distributed.gather(unreadable) for path in its}
-            check_readable(len(train) - len(lost), train)
+            trained = len(train) - len({path for paths in distributed.gather(unreadable) for path in paths})
+            check_readable(trained, train)
             what = "pooled features"
             if blocks:
                 what = "class tokens of the last " + (f"{blocks} blocks" if blocks > 1 else "block")
                 what += " and the mean of the patch tokens" if avgpool else ""
             how = "plain images, computed once" if self.cached else "random crops and flips"
-            self._say(
+            say(
                 f"linear accuracy in %: {tested} images of {self.val}, {len(train.classes)} classes; trained "
-                f"on {len(train) - len(lost)} images of {self.data}",
+                f"on {trained} images of {self.data}",
                 f"{what} ({width} numbers) of {how}; {self.epochs} epochs, batches of {self.batch_size}",
             )
             about = {"n_last_blocks": blocks, "avgpool": avgpool, "width": width, "cached": self.cached}
             self._report(found, lrs, len(train.classes) >= 5, about | {"epochs": self.epochs})
-            self._say_unreadable([*unreadable, *beside])
+            say_unreadable([*unreadable, *failed])
+
+    def _batches(
+        self,
+        features: Network,
+        train: Source,
+        policy: CropPolicy,
+        width: int,
+        unreadable: list[str],
+        options: dict[str, Any],
+    ) -> Batches:
+        """What the classifiers are trained on, of new crops each epoch or, with --cached, of plain images."""
+        if not self.cached:
+            return augmented(
+                features,
+                train,
+                policy,
+                width=width,
+                seed=self.seed,
+                epochs=self.epochs,
+                unreadable=unreadable,
+                **options,
+            )
+        with progress("features", len(rank_slice(len(train)))) as advance:
+            x, kept = extract_shared(
+                features, train, policy, progress=advance, unreadable=unreadable, **options
+            )
+        check_readable(len(kept), train)
+        x, labels = on_device(x, options["device"]), labels_of(train, kept, train.classes)
+        return cached(x, labels, seed=self.seed, batch_size=self.batch_size, device=options["device"])
 
     def _report(self, found: Tensor, lrs: tuple[float, ...], five: bool, about: dict[str, Any]) -> None:
         """Table and JSON of accuracy in per cent, (epochs, 2, H); five: there are classes for a top-5."""
@@ -399,17 +418,17 @@ class Linear(Evaluation):
         chosen = max(lrs, key=lambda lr: figures[lr]["best_top1"])
         columns = ("lr", "top-1", *(("top-5",) if five else ()), "best top-1", "in epoch")
         rows = [
-            (f"{lr:g}", *(f"{x:.0f}" if key == "best_epoch" else f"{x:.1f}" for key, x in its.items()))
-            for lr, its in figures.items()
+            (f"{lr:g}", *(f"{x:.0f}" if key == "best_epoch" else f"{x:.1f}" for key, x in values.items()))
+            for lr, values in figures.items()
         ]
-        self._table(columns, rows)
+        print_table(columns, rows)
         best = figures[chosen]
-        self._say(
+        say(
             f"best: {best['best_top1']:.1f} % with --lr {chosen:g} after epoch {best['best_epoch']}. Both "
             "are chosen by the images of --val, as official DINO does: others will score a little lower"
         )
         for end, more in ((min(lrs), "smaller"), (max(lrs), "larger")):
             if chosen == end and len(lrs) > 1:
-                self._say(f"it is the last of those tried at its end: try {more} --lr, too")
-        by_lr = {str(lr): its for lr, its in figures.items()}
-        self._write({**about, "lr": by_lr, "best": {"lr": chosen, **best}})
+                say(f"it is the last of those tried at its end: try {more} --lr, too")
+        by_lr = {str(lr): values for lr, values in figures.items()}
+        write_json(self.json, {**about, "lr": by_lr, "best": {"lr": chosen, **best}})

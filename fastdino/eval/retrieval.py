@@ -11,31 +11,33 @@ which is sklearn's average_precision_score, and recall as metric learning has it
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fastdino import distributed
+from fastdino.cli import progress, say
 from fastdino.data import open_source
-from fastdino.eval.features import (
-    Evaluation,
+from fastdino.data.sources import Source
+from fastdino.eval.common import (
+    FeatureEvaluation,
     Network,
-    bar,
+    check_labels,
     check_readable,
     collect,
     extract_shared,
     labels_of,
     on_device,
-    share,
+    print_table,
+    rank_slice,
+    say_unreadable,
+    write_json,
 )
+from fastdino.eval.similarity import CHUNK_BYTES, COLUMNS, check_lengths, similarities
 from fastdino.vit import VisionTransformer
 
 KS = (1, 5, 10)
-CHUNK_BYTES = 256 << 20  # of similarities and what sorting them takes, at a time
-COLUMNS = 1 << 17  # images of the gallery at a time
 POWER = 4.0  # of GeM pooling
 
 
@@ -48,6 +50,7 @@ def search(
     *,
     rows: range | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    columns: int = COLUMNS,
     device: str | torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How well each query of `rows` (default: all) finds the images of its class.
@@ -55,7 +58,8 @@ def search(
     Args:
         query, query_labels: (M, D) features of any scale and (M,) integers.
         gallery, gallery_labels: (N, D) and (N,); without them each query is searched among the others.
-        chunk_bytes: memory for so many queries at a time.
+        chunk_bytes: memory for the similarities that are held at once, and for sorting them.
+        columns: images of the gallery in a block of similarities at most.
         device: where to compute, if not where the features are.
 
     Returns:
@@ -65,32 +69,28 @@ def search(
     Raises:
         ValueError: no images, or shapes that do not match.
     """
-    alone = gallery is None or gallery_labels is None
+    leave_one_out = gallery is None or gallery_labels is None
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = query, query_labels
-    for name, features, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
-        if features.ndim != 2 or len(features) != len(labels):
-            raise ValueError(
-                f"{name}: features {tuple(features.shape)} and labels {tuple(labels.shape)} do not match"
-            )
-    if not len(query) or len(gallery) <= alone:
+    check_lengths(query=(query, query_labels), gallery=(gallery, gallery_labels))
+    if not len(query) or len(gallery) <= leave_one_out:
         raise ValueError(f"retrieval needs images: {len(query)} queries, {len(gallery)} to find")
     device = torch.device(gallery.device if device is None else device)
     gallery_labels = gallery_labels.to(device)
-    rows = range(len(query)) if rows is None else rows
     precision, first = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
-    step = max(1, chunk_bytes // (64 * len(gallery)))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        its = F.normalize(query[start:stop].to(device).float(), dim=1)
-        parts = (F.normalize(part.to(device).float(), dim=1) for part in gallery.split(COLUMNS))
-        similarity = torch.cat([its @ part.T for part in parts], dim=1)
-        if alone:
-            own = torch.arange(start, stop, device=device)
-            similarity[own - start, own] = -torch.inf
+    chunks = similarities(
+        query,
+        None if leave_one_out else gallery,
+        rows=range(len(query)) if rows is None else rows,
+        step=max(1, chunk_bytes // (64 * len(gallery))),
+        columns=columns,
+        device=device,
+    )
+    for chunk, blocks in chunks:
+        similarity = torch.cat([block for _, block in blocks], dim=1)
         values, order = similarity.sort(dim=1, descending=True)
-        relevant = gallery_labels[order] == query_labels[start:stop].to(device)[:, None]
-        if alone:  # itself is the last
+        relevant = gallery_labels[order] == query_labels[chunk.start : chunk.stop].to(device)[:, None]
+        if leave_one_out:  # itself is the last
             values, relevant = values[:, :-1], relevant[:, :-1]
         # Images at least so similar, and the relevant ones among them.
         seen = torch.searchsorted(-values, -values, right=True)
@@ -125,7 +125,7 @@ def copy_features(network: VisionTransformer, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Evaluation):
+class RetrievalCommand(FeatureEvaluation):
     """Mean average precision and recall of searching images of the same class."""
 
     query: str
@@ -134,7 +134,7 @@ class Retrieval(Evaluation):
     gallery: str = ""
     """Labelled images to search in. Without them, each image of --query is searched among the others."""
     k: tuple[int, ...] = KS
-    """Numbers of first images in which recall looks for a relevant one."""
+    """Recall@k is the share of queries with a relevant image among the first k."""
     copy_detection: bool = False
     """Official DINO's features for copy detection: the class token and pooled patch tokens of the whole image
     made square. Give --image-size 320, as official DINO."""
@@ -151,13 +151,9 @@ class Retrieval(Evaluation):
                 self._check()
                 query = open_source(self.query)
                 gallery = open_source(self.gallery) if self.gallery else None
-                sources = [query, *([gallery] if gallery else [])]
+                sources: list[Source] = [query, *([gallery] if gallery else [])]
                 for source in sources:
-                    if source.labels is None:
-                        raise ValueError(
-                            f"{source.root} has no labels: retrieval needs a sub-folder per class, two at "
-                            "least, or a text file of path TAB class"
-                        )
+                    check_labels(source, "retrieval")
                 network, policy = self._load(device)
                 if self.copy_detection and not isinstance(network, VisionTransformer):
                     raise ValueError(f"--copy-detection: a {type(network).__name__} has no patch tokens")
@@ -168,17 +164,17 @@ class Retrieval(Evaluation):
             classes = sorted({name for source in sources for name in source.classes})
             unreadable: list[str] = []
             extracted: list[Tensor] = []
-            with bar("features", sum(len(share(len(source))) for source in sources)) as advance:
+            with progress("features", sum(len(rank_slice(len(source))) for source in sources)) as advance:
                 for source in sources:
                     x, kept = extract_shared(
                         features, source, policy, progress=advance, unreadable=unreadable, **options
                     )
                     check_readable(len(kept), source)
                     extracted += [on_device(x, device), labels_of(source, kept, classes)]
-            found = search(*extracted, rows=share(len(extracted[0])), device=device)
+            found = search(*extracted, rows=rank_slice(len(extracted[0])), device=device)
             precision, first = collect(found[0]), collect(found[1])
             self._report(precision, first, len(extracted[-1]) - (gallery is None))
-            self._say_unreadable(unreadable)
+            say_unreadable(unreadable)
 
     def _report(self, precision: Tensor, first: Tensor, n: int) -> None:
         searched = first > 0
@@ -190,17 +186,23 @@ class Retrieval(Evaluation):
                     + ": there is nothing to find"
                 )
         where = f"among {n} of {self.gallery}" if self.gallery else f"among the {n} others"
-        self._say(f"retrieval in %: {int(searched.sum())} images of {self.query}, each {where}")
+        say(f"retrieval in %: {int(searched.sum())} images of {self.query}, each {where}")
         mean = 100 * precision[searched].mean().item()
         recalls = {k: recall(first[searched], k) for k in self.k}
         table = {"mAP": mean, **{f"recall@{k}": value for k, value in recalls.items()}}
-        self._table(("features", *table), [(self._what(), *(f"{value:.1f}" for value in table.values()))])
+        print_table(("features", *table), [(self._what(), *(f"{value:.1f}" for value in table.values()))])
         if left_out := len(first) - int(searched.sum()):
-            self._say(f"left out: {left_out} images without another of their class")
+            say(f"left out: {left_out} images without another of their class")
         if beyond := [str(k) for k in self.k if k > n]:
-            self._say(f"k = {', '.join(beyond)}: there are {n} images to find, all of them are looked at")
-        figures: dict[str, Any] = {"queries": int(searched.sum()), "left_out": left_out, "gallery": n}
-        self._write(figures | {"mAP": mean, "recall": {str(k): value for k, value in recalls.items()}})
+            say(f"k = {', '.join(beyond)}: there are {n} images to find, all of them are looked at")
+        figures = {
+            "queries": int(searched.sum()),
+            "left_out": left_out,
+            "gallery": n,
+            "mAP": mean,
+            "recall": {str(k): value for k, value in recalls.items()},
+        }
+        write_json(self.json, figures)
 
     def _what(self) -> str:
         return "class token and pooled patches" if self.copy_detection else "features"

@@ -1,9 +1,7 @@
 """How well attention segments: Jaccard similarity of its masks and the objects' masks (paper, figure 4)."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,17 +10,14 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
+from fastdino.cli import say, track
 from fastdino.config import CropPolicy
-from fastdino.data.sources import reason_of
+from fastdino.data.images import reason_of
 from fastdino.distributed import choose_device
-from fastdino.eval.attention import SHARE, Named, fit, keep_mass, load, look, open_images
-from fastdino.eval.features import untrained
-from fastdino.files import write_atomically
+from fastdino.eval.common import Evaluation, print_table, untrained, write_json
+from fastdino.eval.maps import MASS, NamedImage, fit_to_patches, keep_mass, load_vit, look, open_images
 from fastdino.vit import VisionTransformer
 
 
@@ -57,7 +52,7 @@ def read_mask(path: Path, class_value: int | None = None, ignore: int | None = N
 
 
 def _patch_of(pixels: int, resized: int, start: int, stop: int, patch: int) -> tuple[slice, Tensor]:
-    """Along one side of a mask of so many pixels, of an image that was resized and cut from start to stop:
+    """Along one side of a mask of `pixels`, of an image that was resized and cut from start to stop:
     the pixels whose middle was in the cut, and the patch that each of them is in, int64."""
     # In units of half a pixel of the mask times one of the resized image, all are whole numbers.
     middle = (2 * torch.arange(pixels) + 1) * resized
@@ -77,18 +72,18 @@ class Segmented(NamedTuple):
 
 def evaluate_segmentation(
     network: VisionTransformer,
-    pairs: Iterable[tuple[Named, Path]],
+    pairs: Iterable[tuple[NamedImage, Path]],
     policy: CropPolicy,
     *,
     side: int,
-    share: float = SHARE,
+    share: float = MASS,
     class_value: int | None = None,
     ignore: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Segmented:
     """Jaccard similarity of each head's mask, see `keep_mass`, and the object's, at the latter's resolution.
 
-    The network sees the image as `attention.look` shows it; pixels beyond its patches do not count. A mask of
+    The network sees the image as `maps.look` shows it; pixels beyond its patches do not count. A mask of
     the object may be larger or smaller than the image, in its proportions.
 
     Raises ValueError on a file that cannot be read, proportions that differ, or no object in any image.
@@ -103,7 +98,7 @@ def evaluate_segmentation(
                 f"{path}: a mask of {w} x {h} pixels for an image of {width} x {height} ({image.name}); give "
                 "it the proportions of the image, upright as its EXIF says"
             )
-        size, box = fit(picture.size, side, network.patch_size)
+        size, box = fit_to_patches(picture.size, side, network.patch_size)
         ys, row = _patch_of(h, size[1], box[1], box[3], network.patch_size)
         xs, column = _patch_of(w, size[0], box[0], box[2], network.patch_size)
         truth, counted = truth[ys, xs], counted[ys, xs]
@@ -118,7 +113,7 @@ def evaluate_segmentation(
     return Segmented(np.stack(rows), left_out)
 
 
-def pair(images: str, masks: str) -> list[tuple[Named, Path]]:
+def pair(images: str, masks: str) -> list[tuple[NamedImage, Path]]:
     """Each image with its mask: MASKS/NAME.png for IMAGES/NAME.jpg, sub-folders included; for the paths of a
     text file also MASKS/STEM.png. Raises ValueError naming images without one."""
     found, missing = [], []
@@ -146,7 +141,7 @@ def _some(names: list[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation:
+class SegmentationCommand(Evaluation):
     """Jaccard similarity of attention's masks and the objects' (paper, figure 4: 45.9 on VOC12, ViT-S/16)."""
 
     weights: Annotated[str, tyro.conf.Positional]
@@ -159,44 +154,38 @@ class Segmentation:
     """The value that is the object, where other values are other objects."""
     ignore: int | None = None
     """A value whose pixels do not count: 255 for the borders in PASCAL VOC."""
-    threshold: float = SHARE
+    threshold: float = MASS
     """The share of the attention that a mask keeps."""
     image_size: int = 0
     """The image's shorter side in pixels, cut to whole patches. Default: twice the size of the crops that the
     run was trained on, 480 for weights of others."""
     baselines: bool = False
     """Also the same network with the weights that the run began with."""
-    device: str = "auto"
-    """auto (a CUDA GPU if there is one), cpu, cuda, ..."""
-    json: str = ""
-    """File to write the similarities to."""
 
-    def run(self) -> None:
-        """Print the table, and write the JSON if asked."""
+    def _check(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold}: give a share of the attention above 0, up to 1")
         if self.image_size < 0:
             raise ValueError(f"--image-size {self.image_size}: give a number of pixels")
         if not Path(self.masks).is_dir():
             raise FileNotFoundError(f"--masks {self.masks}: no such folder; give that of the objects' masks")
-        if self.json and not Path(self.json).parent.is_dir():
-            raise ValueError(
-                f"--json {self.json}: there is no folder {Path(self.json).parent}; make it first"
-            )
-        console = Console()
+        super()._check()
+
+    def run(self) -> None:
+        """Print the table, and write the JSON if asked."""
+        self._check()
         device = choose_device(self.device)
         pairs = pair(self.images, self.masks)
-        network, policy, side = load(self.weights, device)
+        network, policy, side = load_vit(self.weights, device)
         side = self.image_size or side
         networks = {"teacher": network}
         if self.baselines:
             before: Any = untrained(self.weights).to(device)
             networks["untrained"] = before
-        bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
-        found = {
+        results = {
             name: evaluate_segmentation(
-                its,
-                bar(pairs, description=name),
+                net,
+                track(pairs, name),
                 policy,
                 side=side,
                 share=self.threshold,
@@ -204,28 +193,24 @@ class Segmentation:
                 ignore=self.ignore,
                 device=device,
             )
-            for name, its in networks.items()
+            for name, net in networks.items()
         }
-        n, left_out = len(found["teacher"].jaccard), found["teacher"].left_out
-        side = side // network.patch_size * network.patch_size
-        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        self._report(results, side // network.patch_size * network.patch_size)
+
+    def _report(self, results: dict[str, Segmented], side: int) -> None:
+        n, heads = results["teacher"].jaccard.shape
+        left_out = results["teacher"].left_out
         say(
             f"Jaccard similarity in %: attention's masks ({100 * self.threshold:g} % of it) and the objects' "
             f"of {n} images of {self.images}, shorter side {side}"
         )
-        heads = {name: 100 * its.jaccard.mean(axis=0) for name, its in found.items()}
-        best = {name: 100 * its.jaccard.max(axis=1).mean() for name, its in found.items()}
-        table = Table()
-        for column in ("mask", *networks):
-            table.add_column(column, justify="left" if column == "mask" else "right")
-        for i in range(network.num_heads):
-            table.add_row(f"head {i + 1}", *(f"{its[i]:.1f}" for its in heads.values()))
-        table.add_row("best head of each image", *(f"{value:.1f}" for value in best.values()))
-        console.print(table)
+        by_head = {name: 100 * result.jaccard.mean(axis=0) for name, result in results.items()}
+        best = {name: 100 * result.jaccard.max(axis=1).mean() for name, result in results.items()}
+        rows = [(f"head {i + 1}", *(f"{values[i]:.1f}" for values in by_head.values())) for i in range(heads)]
+        rows.append(("best head of each image", *(f"{value:.1f}" for value in best.values())))
+        print_table(("mask", *results), rows)
         if left_out:
             say(f"left out, no object in their masks: {len(left_out)} images: {_some(left_out)}")
-        if self.json:
-            values = {name: {"best_head": best[name], "heads": heads[name].tolist()} for name in networks}
-            settings = {"images": n, "left_out": left_out, "threshold": self.threshold, "image_size": side}
-            text = json.dumps(values | settings, indent=2)
-            write_atomically(Path(self.json), lambda beside: beside.write_text(text + "\n"))
+        values = {name: {"best_head": best[name], "heads": by_head[name].tolist()} for name in results}
+        settings = {"images": n, "left_out": left_out, "threshold": self.threshold, "image_size": side}
+        write_json(self.json, values | settings)

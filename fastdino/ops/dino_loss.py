@@ -10,13 +10,14 @@ Student (V, B, K), teacher (G, B, K), centre (K,). Everything is accumulated in 
 logit is float64.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdino.ops import native
+from fastdino.ops.dino_loss_cpu import DTYPES as CPU_DTYPES
+from fastdino.ops.dino_loss_cpu import dino_loss_bwd_cpu, dino_loss_cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,91 +93,8 @@ def dino_loss_bwd_ref(
         grad_student[v] = out.mul_(scale)
 
 
-POINTER, FLOAT, INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-CPU_FORWARD = (POINTER,) * 10 + (FLOAT, FLOAT, POINTER, INT, INT)
-CPU_BACKWARD = (POINTER,) * 8 + (FLOAT, FLOAT, FLOAT, POINTER, INT, INT)
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Logits whose last axis is contiguous; crops and images keep any stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _cpu_call(student: Tensor, teacher: Tensor, out: Tensor) -> tuple[Any, int, int, Tensor]:
-    """What both directions pass to C: sizes with strides, dtypes, threads; and their workspace."""
-    crops = (student, teacher, out)
-    sizes = [student.shape[0], teacher.shape[0], *student.shape[1:]]
-    strides = [stride for x in crops for stride in x.stride()[:2]]
-    numbers = (ctypes.c_int64 * 10)(*sizes, *strides)
-    half = (student.dtype == torch.bfloat16) + 2 * (teacher.dtype == torch.bfloat16)
-    # below some ten microseconds of work a second thread costs more than it does
-    threads = torch.get_num_threads() if student.numel() + teacher.numel() > 65536 else 1
-    floats = ctypes.c_int64()
-    size_of = native.kernel("dino_loss_workspace", (POINTER, POINTER, INT))
-    size_of(ctypes.addressof(floats), ctypes.addressof(numbers), threads)
-    return numbers, half, threads, torch.empty(floats.value, device="cpu")
-
-
-def dino_loss_cpu(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`dino_loss_ref` by kernels/dino_loss.cpp."""
-    student, teacher = _rows(student), _rows(teacher)
-    center, pair_weights = center.contiguous(), pair_weights.contiguous()
-    out = _empty_results(student, teacher, center)
-    numbers, half, threads, workspace = _cpu_call(student, teacher, student)
-    losses = torch.empty(student.shape[1], dtype=torch.float64, device="cpu")
-    tensors = (*out, workspace, losses, student, teacher, center, pair_weights)
-    native.kernel("dino_loss_forward", CPU_FORWARD)(
-        *(x.data_ptr() for x in tensors),
-        student_temp.item(),
-        teacher_temp.item(),
-        ctypes.addressof(numbers),
-        half,
-        threads,
-    )
-    return out
-
-
-def dino_loss_bwd_cpu(
-    grad_student: Tensor,
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: Tensor,
-    teacher_temp: Tensor,
-    pair_weights: Tensor,
-    student_stats: Tensor,
-    teacher_stats: Tensor,
-) -> None:
-    """`dino_loss_bwd_ref` by kernels/dino_loss.cpp."""
-    student, teacher = _rows(student), _rows(teacher)
-    center, pair_weights = center.contiguous(), pair_weights.contiguous()
-    out = grad_student if grad_student.stride(-1) == 1 else torch.empty_like(student)
-    numbers, half, threads, workspace = _cpu_call(student, teacher, out)
-    tensors = (out, workspace, student, teacher, center, pair_weights, student_stats, teacher_stats)
-    native.kernel("dino_loss_backward", CPU_BACKWARD)(
-        *(x.data_ptr() for x in tensors),
-        student_temp.item(),
-        teacher_temp.item(),
-        grad.item(),
-        ctypes.addressof(numbers),
-        half,
-        threads,
-    )
-    if out is not grad_student:
-        grad_student.copy_(out)
-
-
 def _empty_results(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics of both sides and the teacher's mean, to be written."""
+    """What `dino_loss_ref` returns, to be written."""
     (v, b, k), g = student.shape, teacher.shape[0]
     loss, mean = center.new_empty(()), center.new_empty(k)
     return loss, center.new_empty(2, v, b), center.new_empty(2, g, b), mean
@@ -209,9 +127,15 @@ def _dino_loss(
     if impl == "triton":
         from fastdino.ops.dino_loss_triton import dino_loss_triton
 
-        return dino_loss_triton(*args, pair_weights)
-    run = dino_loss_cpu if impl == "cpu" else dino_loss_ref
-    return run(*args, _official_weights(student, teacher, center) if pair_weights is None else pair_weights)
+        results = _empty_results(student, teacher, center)
+        dino_loss_triton(results, *args, pair_weights)
+        return results
+    weights = _official_weights(student, teacher, center) if pair_weights is None else pair_weights
+    if impl == "torch":
+        return dino_loss_ref(*args, weights)
+    results = _empty_results(student, teacher, center)
+    dino_loss_cpu(results, *args, weights)
+    return results
 
 
 @_dino_loss.register_fake
@@ -296,26 +220,14 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 _dino_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _cannot(impl: str, student: Tensor, teacher: Tensor) -> str:
-    """Why a kernel cannot take these tensors; empty if it can."""
-    dtypes = {student.dtype, teacher.dtype}
-    if why := native.missing(impl, student.device):
-        return why
-    if impl == "cpu" and (unknown := dtypes.difference(CPU_DTYPES)):
-        return f"its kernels know float32 and bfloat16, not {unknown.pop()}"
-    if impl == "triton" and torch.float64 in dtypes:
-        return "its kernels compute in float32, not float64"
-    return ""
-
-
-def _resolve(impl: str, student: Tensor, teacher: Tensor) -> str:
-    """The implementation that runs; "auto" takes the plain form for what the kernels do not cover."""
-    chosen = native.choose(student.device)[0] if impl == "auto" else impl
-    if why := _cannot(chosen, student, teacher):
-        if impl == "auto":
-            return "torch"
-        raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
-    return chosen
+def _unfit(student: Tensor, teacher: Tensor) -> dict[str, str]:
+    """Why a kernel cannot take logits of these dtypes, for each that cannot."""
+    dtypes, unfit = {student.dtype, teacher.dtype}, {}
+    if unknown := dtypes.difference(CPU_DTYPES):
+        unfit["cpu"] = f"its kernels know float32 and bfloat16, not {unknown.pop()}"
+    if torch.float64 in dtypes:
+        unfit["triton"] = "its kernels compute in float32, not float64"
+    return unfit
 
 
 def _check(
@@ -324,7 +236,6 @@ def _check(
     center: Tensor,
     temps: dict[str, float | Tensor],
     pair_weights: Tensor | None,
-    impl: str,
 ) -> None:
     for name, x, dims in (("student", student, "(V, B, K)"), ("teacher", teacher, "(G, B, K)")):
         if x.ndim != 3 or 0 in x.shape:
@@ -347,11 +258,7 @@ def _check(
             f"student is on {student.device}, teacher on {teacher.device}, center on {center.device}"
         )
     for name, temp in temps.items():
-        if isinstance(temp, Tensor):
-            if temp.numel() != 1:
-                raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
-        elif not temp > 0:
-            raise ValueError(f"{name} is {temp}: a temperature is above 0")
+        native.check_temperature(name, temp)
     pairs = (student.shape[0], teacher.shape[0])
     if pair_weights is None and pairs == (1, 1):
         raise ValueError(
@@ -359,8 +266,6 @@ def _check(
         )
     if pair_weights is not None and pair_weights.shape != pairs:
         raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}: give (V, G) = {pairs}")
-    if impl not in ("auto", "torch", "cpu", "triton"):
-        raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
 
 
 def dino_loss(
@@ -403,7 +308,7 @@ def dino_loss(
     Source: Caron et al. 2021, section 3.1 and algorithm 1.
     """
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
-    _check(student, teacher, center, temps, pair_weights, impl)
+    _check(student, teacher, center, temps, pair_weights)
     dtype, device = _accumulator(student, teacher), student.device
     # numbers stay on the CPU: a copy to the GPU would wait for it
     numbers = (
@@ -415,7 +320,7 @@ def dino_loss(
         center.detach().to(dtype),
         *(t.detach().to(dtype).reshape(()) for t in numbers),
         None if pair_weights is None else pair_weights.detach().to(device, dtype),
-        _resolve(impl, student, teacher),
+        native.resolve(impl, device, _unfit(student, teacher)),
         inplace_backward,
     )
     return (loss, teacher_mean) if return_teacher_mean else loss

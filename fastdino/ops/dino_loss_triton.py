@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdino.ops.dino_loss import _rows
+from fastdino.ops import native
 
 WARPS = 2  # of 32 threads: few that wait for one another at each sum over a tile
 LOWEST = tl.constexpr(-3.0e38)  # a finite reference for rows of -inf
@@ -285,15 +285,17 @@ def _temps(device: torch.device, *temps: Tensor) -> tuple[list[Any], bool]:
 
 
 def dino_loss_triton(
+    results: tuple[Tensor, Tensor, Tensor, Tensor],  # written: what `dino_loss_ref` returns
     student: Tensor,
     teacher: Tensor,
     center: Tensor,
     student_temp: Tensor,
     teacher_temp: Tensor,
     pair_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> None:
     """`dino_loss_ref` in three launches."""
-    student, teacher, center = _rows(student), _rows(teacher), center.contiguous()
+    student, teacher = native.contiguous_rows(student), native.contiguous_rows(teacher)
+    center = center.contiguous()
     (V, B, K), G = student.shape, teacher.shape[0]
     tile = _tile(G)
     tiles = triton.cdiv(K, tile)
@@ -304,8 +306,8 @@ def dino_loss_triton(
     student_top, student_sum = center.new_empty(2, B, V, tiles)
     teacher_top, teacher_sum = center.new_empty(2, B, G, tiles)
     dot, column_sum = center.new_empty(B, V, G, tiles), center.new_empty(groups, K)
-    losses, loss, teacher_mean = center.new_empty(B, V), center.new_empty(()), center.new_empty(K)
-    student_stats, teacher_stats = center.new_empty(2, V, B), center.new_empty(2, G, B)
+    losses = center.new_empty(B, V)
+    loss, student_stats, teacher_stats, teacher_mean = results
     temps, on_device = _temps(student.device, student_temp, teacher_temp)
     sizes = {"V": V, "G": G, "G_PADDED": triton.next_power_of_2(G)}
     weights = {"WEIGHTS_GIVEN": pair_weights is not None}
@@ -360,7 +362,6 @@ def dino_loss_triton(
             BLOCK=256,
             enable_fp_fusion=True,
         )
-    return loss, student_stats, teacher_stats, teacher_mean
 
 
 def dino_loss_bwd_triton(
@@ -376,7 +377,8 @@ def dino_loss_bwd_triton(
     teacher_stats: Tensor,
 ) -> None:
     """`dino_loss_bwd_ref` in one launch; reads the upstream gradient on the device."""
-    student, teacher, center = _rows(student), _rows(teacher), center.contiguous()
+    student, teacher = native.contiguous_rows(student), native.contiguous_rows(teacher)
+    center = center.contiguous()
     (V, B, K), G = student.shape, teacher.shape[0]
     tile, out = _tile(G), grad_student if grad_student.stride(-1) == 1 else torch.empty_like(student)
     temps, on_device = _temps(student.device, student_temp, teacher_temp)

@@ -1,6 +1,5 @@
 """Teacher update: t = m * t + (1 - m) * s for every parameter. Computed in float32 whatever is stored."""
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.ops import native
+from fastdino.ops.ema_cpu import DTYPES as CPU_DTYPES
+from fastdino.ops.ema_cpu import ema_cpu_
 
 
 def ema_ref_(
@@ -23,36 +24,6 @@ def ema_ref_(
             t.copy_(torch.lerp(t.to(wide), s.to(t.device, wide), (1 - momentum).to(t.device, wide)))
     if copies:
         torch._foreach_copy_(list(copies), list(teacher))
-
-
-POINTER = ctypes.c_void_p
-CPU_DTYPES = (torch.float32, torch.bfloat16)
-CPU_ARGUMENTS = (POINTER, POINTER, POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
-
-
-def ema_cpu_(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: Tensor
-) -> None:
-    """`ema_ref_` by kernels/ema.cpp, for contiguous float32 and bfloat16 tensors."""
-    n, sizes = len(teacher), [t.numel() for t in teacher]
-    half = [
-        (t.dtype == torch.bfloat16) + 2 * (s.dtype == torch.bfloat16)
-        for t, s in zip(teacher, student, strict=True)
-    ]
-    pointers = [(POINTER * n)(*map(Tensor.data_ptr, side)) for side in (teacher, student, copies) if side]
-    tables = (
-        *pointers,
-        *(() if copies else (None,)),
-        (ctypes.c_int64 * n)(*sizes),
-        (ctypes.c_int32 * n)(*half),
-    )
-    native.kernel("ema", CPU_ARGUMENTS)(
-        *tables,
-        n,
-        1 - momentum.item(),
-        # below some ten microseconds of work a second thread costs more than it does
-        torch.get_num_threads() if sum(sizes) > 65536 else 1,
-    )
 
 
 @torch.library.custom_op("fastdino::ema_", mutates_args=("teacher", "copies"))
@@ -151,6 +122,8 @@ def ema_(
 ) -> None:
     """Move the teacher towards the student, in place: t = momentum * t + (1 - momentum) * s.
 
+    `buffers` and `bf16_copy` are for trainers other than fastdino's, which uses neither.
+
     Args:
         teacher: module, or tensors of any floating dtype and layout. Keep it in float32: at a momentum of
             0.996 and above, bfloat16 loses the updates. Of a DTensor the local shard is updated.
@@ -168,8 +141,6 @@ def ema_(
 
     Source: Caron et al. 2021, section 3.1.
     """
-    if impl not in ("auto", "torch", "cpu", "triton"):
-        raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
     if buffers not in ("keep", "copy", "average"):
         raise ValueError(f"buffers is {buffers!r}: give keep, copy or average")
     if not isinstance(momentum, Tensor):
@@ -196,10 +167,7 @@ def ema_(
     for pairs, targets in ((parameters, copies), (averaged, [])):
         if not pairs:
             continue
-        device = pairs[0][1].device
-        chosen = native.choose(device)[0] if impl == "auto" else impl
-        if why := native.missing(chosen, device):
-            raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
+        chosen = native.resolve(impl, pairs[0][1].device)
         _, ts, ss = map(list, zip(*pairs, strict=True))
         _ema_(ts, ss, targets, momentum.detach().reshape(()), chosen)
     for _, t, s in given:

@@ -1,19 +1,20 @@
 """x @ weight.T + bias by the faster of torch's two matrix products for float32 on a CPU.
 
-torch multiplies float32 matrices on x86 with MKL, which keeps to AVX2 on processors that are not Intel's: 215
-GFLOP/s on two cores of an AMD EPYC where oneDNN, in the same torch, reaches 470 (torch 2.15; 2,760 x 384 by
-384 x 1,536). Other devices and types have one product, and it is called.
+Where: float32 on a CPU with AVX-512 (native.ONEDNN); not under autocast, nor in a graph that is exported.
+Everything else calls F.linear.
+Why: for float32 torch takes MKL, which keeps to AVX2 on processors that are not Intel's. Two cores of an AMD
+EPYC reach 215 GFLOP/s with MKL and 470 with oneDNN, in the same torch (torch 2.15; 2,760 x 384 by 384 x
+1,536; docs/performance.md).
+How: by mkldnn::_linear_pointwise, which is private to torch; torch has no public way to choose. A torch
+without this operator takes F.linear: slower, and the same result up to rounding. A torch that changes the
+operator fails tests/test_linear.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+from fastdino.ops import native
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +59,7 @@ _linear.register_autograd(_backward, setup_context=_keep)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in).T + bias (out,): (..., out); autograd and autocast as of F.linear."""
     plain = (
-        not _ONEDNN
+        not native.ONEDNN
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32

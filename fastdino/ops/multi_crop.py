@@ -5,36 +5,14 @@ The specification is Pillow itself, as fastdino.data.crops.render uses it: bicub
 each rounding to 8 bits.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastdino.ops import native
-
-# A view's parameters in their order: top, left, height, width of the box; flip; four pairs of an adjustment
-# (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue) and its factor, as they are applied; grayscale; blur
-# (Pillow's radius, negative for none); solarise.
-FIELDS = 16
-
-POINTER = ctypes.c_void_p
-CPU_ARGUMENTS = (POINTER, POINTER, ctypes.c_int64, POINTER, ctypes.c_int64, POINTER, POINTER, ctypes.c_int)
-
-
-def multi_crop_cpu(images: Sequence[Tensor], parameters: Tensor, out: Sequence[Tensor]) -> None:
-    """`multi_crop` by kernels/multi_crop.cpp, an image a thread."""
-    parameters = parameters.contiguous()
-    native.kernel("multi_crop", CPU_ARGUMENTS)(
-        (POINTER * len(images))(*(image.data_ptr() for image in images)),
-        (ctypes.c_int64 * (3 * len(images)))(*(n for image in images for n in image.shape)),
-        len(images),
-        parameters.data_ptr(),
-        len(out),
-        (POINTER * len(out))(*(views.data_ptr() for views in out)),
-        (ctypes.c_int64 * len(out))(*(views.shape[-1] for views in out)),
-        min(torch.get_num_threads(), len(images)),
-    )
+from fastdino.ops.multi_crop_cpu import multi_crop_cpu
+from fastdino.ops.multi_crop_row import AT, FIELDS
 
 
 def multi_crop(
@@ -45,7 +23,7 @@ def multi_crop(
     Args:
         images: B tensors uint8 (H, W, 3) of RGB, of any sizes, or (H, W, 4) whose last channel is not looked
             at; contiguous, on one device.
-        parameters: float64 (B, V, FIELDS) on the CPU, a row a view; see FIELDS.
+        parameters: float64 (B, V, FIELDS) on the CPU, a row a view; see multi_crop_row.py.
         out: V tensors uint8 (B, 3, size, size), each view with a size of its own; contiguous, on the images'
             device.
         impl: "auto", "cpu" (C++) or "triton" (CUDA GPU).
@@ -79,7 +57,7 @@ def multi_crop(
             )
         if views.device != device or not views.is_contiguous() or not views.numel():
             raise ValueError(f"out[{v}], on {views.device}: give room, contiguous, on {device}")
-    boxes = parameters[..., :4]
+    boxes = parameters[..., AT["box"]]
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.float64)[:, None]
     if not bool(
         ((boxes == boxes.floor()) & (boxes >= 0)).all()

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdino.ops.multi_crop_row import AT, number_of
+
 ROWS = 32  # of a tile of the resize; weights are padded to whole tiles of COLUMNS, so no more than these
 STRIP_ROWS = 16  # of a tile of the colours and the blur
 COLUMNS = 32  # of any tile: a warp side by side. Rows of scratch are padded to whole tiles.
@@ -57,9 +59,9 @@ COLOR = tl.constexpr(28)
 BLUR = tl.constexpr(29)
 ENTRIES = tl.constexpr(30)
 
-CONTRAST = tl.constexpr(2)
-SATURATION = tl.constexpr(3)
-HUE = tl.constexpr(4)
+CONTRAST = tl.constexpr(number_of("contrast"))
+SATURATION = tl.constexpr(number_of("saturation"))
+HUE = tl.constexpr(number_of("hue"))
 BITS = tl.constexpr(22)  # of the resize's weights behind the point
 ONE = tl.constexpr(1 << 22)
 
@@ -440,7 +442,8 @@ def _table(
         for i, value in enumerate(values, entry.value):
             table[:, i] = value
 
-    top, left, height, width = given[:, :4].T.astype(np.int64)
+    field = {name: given[:, at].T for name, at in AT.items()}
+    top, left, height, width = field["box"].astype(np.int64)
     _, columns, channels = np.repeat(np.array([x.shape for x in images]), V, axis=0).T
     size = np.tile(np.array([x.shape[-1] for x in out]), B)
     tiles = -(-size // COLUMNS)
@@ -456,9 +459,9 @@ def _table(
     scratch, all_scratch = _offsets(3 * plane)
     put(SCRATCH, scratch, plane)
     put(OUT, np.tile(_addresses(out), B) + np.repeat(np.arange(B), V) * 3 * size**2)
-    put(FLIP, given[:, 4])
+    put(FLIP, *field["flip"])
 
-    kind, factor = given[:, 5:12:2].astype(np.int64), given[:, 6:13:2]
+    kind, factor = field["jitter"][::2].T.astype(np.int64), field["jitter"][1::2].T
     steps = np.trunc(factor * 255).astype(np.int64) % 256
     factor = np.where(kind == HUE.value, steps, factor.astype(np.float32).view(np.int32))
     put(JITTER, *np.stack([kind, factor], 2).reshape(n, 8).T)
@@ -466,8 +469,8 @@ def _table(
     if (contrast.sum(1) > 1).any():
         raise ValueError("a view has contrast twice: there is room for one mean per view")
     before = np.where(contrast.any(1), contrast.argmax(1), 4)
-    radius, near, far = _box_blur(given[:, 14])
-    put(BEFORE, before, given[:, 13], radius, near, far, given[:, 15])
+    radius, near, far = _box_blur(*field["blur"])
+    put(BEFORE, before, *field["grayscale"], radius, near, far, *field["solarize"])
 
     blurred = radius >= 0
     programs = [
@@ -484,9 +487,8 @@ def multi_crop(images: list[Tensor], parameters: Tensor, out: list[Tensor]) -> N
     """Make every view of every image: out[v][b] from images[b] by parameters[b, v].
 
     `images` are uint8 (height, width, 3 or 4), `out` uint8 (B, 3, size, size), all contiguous and on one
-    device. `parameters`, float64 (B, V, 16) on the CPU: top, left, height and width of the box; flip; four
-    pairs of kind (0 none, 1 brightness, 2 contrast, 3 saturation, 4 hue; contrast at most once) and factor;
-    grayscale; radius of the blur (negative: none); solarize.
+    device. `parameters` are float64 (B, V, FIELDS) on the CPU, see multi_crop_row.py. Raises ValueError where
+    a view has contrast twice.
     """
     if not images or not out:
         return

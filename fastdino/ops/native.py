@@ -2,14 +2,21 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "libfastdino_cpu.so"
+# Whether linear.py multiplies with oneDNN: torch has the operator, and the processor AVX-512.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 @functools.cache
@@ -93,3 +100,45 @@ def missing(impl: str, device: torch.device) -> str:
             return "triton is not installed"
         here = device.type == "cuda" or interpreted()
     return "" if here else f"the tensors are on {device}"
+
+
+def resolve(impl: str, device: torch.device, unfit: Mapping[str, str] | None = None) -> str:
+    """The implementation that runs.
+
+    Args:
+        impl: "auto", "torch", "cpu" or "triton". "auto" takes the plain form for what no kernel covers.
+        device: of the tensors.
+        unfit: for an implementation that cannot take the tensors, why.
+
+    Raises:
+        ValueError: an unknown implementation, or one that cannot run.
+    """
+    if impl not in ("auto", "torch", "cpu", "triton"):
+        raise ValueError(f"impl is {impl!r}: give auto, torch, cpu or triton")
+    chosen = choose(device)[0] if impl == "auto" else impl
+    why = missing(chosen, device) or (unfit or {}).get(chosen, "")
+    if not why:
+        return chosen
+    if impl == "auto":
+        return "torch"
+    raise ValueError(f"impl={impl!r} cannot run: {why}; give impl='torch' or 'auto'")
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x (..., K) with a contiguous last axis; the other axes keep any stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def threads(elements: int) -> int:
+    """Threads for a pass over N elements on the CPU."""
+    # below some ten microseconds of work a second thread costs more than it does
+    return torch.get_num_threads() if elements > 65536 else 1
+
+
+def check_temperature(name: str, temp: float | Tensor) -> None:
+    """Raise a ValueError unless `temp` is a number above 0 or a tensor of one number, which is not read."""
+    if isinstance(temp, Tensor):
+        if temp.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(temp.shape)}: give one number")
+    elif not temp > 0:
+        raise ValueError(f"{name} is {temp}: a temperature is above 0")

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdino.ops import native
+
 
 def _logsumexp(x: Tensor, dim: int, group: dist.ProcessGroup | None, ranks: bool) -> Tensor:
     top = x.amax(dim)
@@ -52,8 +54,7 @@ def sinkhorn_center(
         )
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: give 1 or more")
-    if not isinstance(temp, Tensor) and not temp > 0:
-        raise ValueError(f"temp is {temp}: a temperature is above 0")
+    native.check_temperature("temp", temp)
     ranks = dist.is_available() and dist.is_initialized()
     x = teacher.flatten(0, -2).to(torch.float64 if teacher.dtype == torch.float64 else torch.float32) / temp
     log_a = -_logsumexp(x, 0, group, ranks)

@@ -11,10 +11,10 @@ import torch.nn.attention.varlen
 from conftest import CUDA
 from torch import Tensor
 
-from fastdino.ops.attention import PLAIN_SCORES, Packing, attention, class_attention, packing
+from fastdino.ops import packed_attention
+from fastdino.ops.packed_attention import PLAIN_SCORES, Packing, attention, class_attention, packing
 from fastdino.vit import VisionTransformer
 
-OPS = sys.modules["fastdino.ops.attention"]  # fastdino.ops.attention itself is the function
 CPU = torch.device("cpu")
 
 RUNS = ((4, 1), (3, 37), (2, 50), (0, 9), (2, 197), (1, 785), (1, 37))
@@ -124,14 +124,14 @@ def test_weights_are_written_out_in_half_precision_alone_and_in_pieces_for_long_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written: list[tuple[torch.dtype, int, int]] = []
-    ref = OPS.attention_ref
+    ref = packed_attention.attention_ref
 
     def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         written.append((k.dtype, len(k), k.shape[-2]))
         return ref(q, k, v)
 
-    monkeypatch.setattr(OPS, "attention_ref", spy)
-    monkeypatch.setattr(OPS, "PIECE_SCORES", 2 * 257**2)
+    monkeypatch.setattr(packed_attention, "attention_ref", spy)
+    monkeypatch.setattr(packed_attention, "PIECE_SCORES", 2 * 257**2)
     runs = ((5, 256), (5, 257))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         attention(torch.randn(5 * (256 + 257), 3, 1, 8).to(dtype), runs)
@@ -143,13 +143,13 @@ def test_weights_are_written_out_in_half_precision_alone_and_in_pieces_for_long_
 def test_pieces_are_a_proper_operator_and_the_formula_at_any_size(
     images: int, monkeypatch: pytest.MonkeyPatch, poison: None
 ) -> None:
-    monkeypatch.setattr(OPS, "PIECE_SCORES", 2 * 3 * 7 * 9)
+    monkeypatch.setattr(packed_attention, "PIECE_SCORES", 2 * 3 * 7 * 9)
     q, k, v = (torch.randn(images, 3, n, d).bfloat16().requires_grad_() for n, d in ((7, 8), (9, 8), (9, 5)))
-    torch.library.opcheck(OPS.attention_pieces, (q, k, v))
+    torch.library.opcheck(packed_attention.attention_pieces, (q, k, v))
     upstream = torch.randn(images, 3, 7, 5).bfloat16()
-    ours = run(OPS.attention_pieces, (q, k, v), upstream)
-    plain = run(OPS.attention_ref, (q, k, v), upstream)
-    truth = run(OPS.attention_ref, (q.double(), k.double(), v.double()), upstream)
+    ours = run(packed_attention.attention_pieces, (q, k, v), upstream)
+    plain = run(packed_attention.attention_ref, (q, k, v), upstream)
+    truth = run(packed_attention.attention_ref, (q.double(), k.double(), v.double()), upstream)
     for a, b, true in zip(ours, plain, truth, strict=True):
         assert a.dtype == torch.bfloat16
         error, allowed = ((x.double() - true).norm() for x in (a, b))
@@ -196,7 +196,7 @@ def test_an_implementation_that_is_not_installed_is_named(
     impl: str, module: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(OPS, "find_spec", asked.append)  # which gives None
+    monkeypatch.setattr(packed_attention, "find_spec", asked.append)  # which gives None
     with pytest.raises(ValueError, match=message):
         attention(torch.zeros(10, 3, 2, 8), [(2, 5)], impl)
     assert asked == [module]
@@ -309,15 +309,15 @@ def test_what_a_packing_puts_on_the_device_is_kept() -> None:
 
 def test_auto_is_sdpa_but_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(OPS, "_fastest", lambda *args: asked.append(args) or "varlen")
+    monkeypatch.setattr(packed_attention, "_fastest", lambda *args: asked.append(args) or "varlen")
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert OPS.choose(RUNS, HEADS, DIM, dtype, CPU) == "sdpa"
+        assert packed_attention.choose(RUNS, HEADS, DIM, dtype, CPU) == "sdpa"
     cuda = torch.device("cuda")
     for dtype in (torch.float32, torch.float64):
-        assert OPS.choose(RUNS, HEADS, DIM, dtype, cuda) == "sdpa"
+        assert packed_attention.choose(RUNS, HEADS, DIM, dtype, cuda) == "sdpa"
     assert asked == []
     for dtype in (torch.bfloat16, torch.float16):
-        assert OPS.choose(RUNS, HEADS, DIM, dtype, cuda) == "varlen"
+        assert packed_attention.choose(RUNS, HEADS, DIM, dtype, cuda) == "varlen"
     assert asked == [(RUNS, HEADS, DIM, dtype, cuda) for dtype in (torch.bfloat16, torch.float16)]
 
 
@@ -346,17 +346,19 @@ def test_the_fastest_is_taken_of_those_that_run(
             return times[ran[-1]]
         raise times[ran[-1]]
 
-    missing = OPS.missing
-    monkeypatch.setattr(OPS, "missing", lambda impl: "absent" if impl == absent else missing(impl))
-    monkeypatch.setattr(OPS, "_packing", lambda runs, impl, device: Packing(runs, impl))
-    monkeypatch.setattr(OPS, "_forward_backward", lambda qkv, packed: ran.append(packed.impl))
-    monkeypatch.setattr(OPS, "_milliseconds", clock)
-    monkeypatch.setattr(OPS, "find_spec", lambda name: name)
-    OPS._fastest.cache_clear()
+    missing = packed_attention.missing
+    monkeypatch.setattr(
+        packed_attention, "missing", lambda impl: "absent" if impl == absent else missing(impl)
+    )
+    monkeypatch.setattr(packed_attention, "_packing", lambda runs, impl, device: Packing(runs, impl))
+    monkeypatch.setattr(packed_attention, "_forward_backward", lambda qkv, packed: ran.append(packed.impl))
+    monkeypatch.setattr(packed_attention, "_milliseconds", clock)
+    monkeypatch.setattr(packed_attention, "find_spec", lambda name: name)
+    packed_attention._fastest.cache_clear()
     state = torch.get_rng_state()
     for _ in range(2):
-        assert OPS._fastest(((2, 5),), 2, 8, torch.bfloat16, CPU) == expected
-    OPS._fastest.cache_clear()
+        assert packed_attention._fastest(((2, 5),), 2, 8, torch.bfloat16, CPU) == expected
+    packed_attention._fastest.cache_clear()
     assert ran == [impl for impl in times if impl != absent]
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -364,9 +366,9 @@ def test_the_fastest_is_taken_of_those_that_run(
 def test_the_clock_runs_attention_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also under no_grad, as the teacher's first forward is, with what the trial kept forgotten."""
     qkv, seen = torch.randn(22, 3, 2, 8), []
-    monkeypatch.setattr(OPS, "attention", lambda x, packed: seen.append(x) or x[:, 2] * 2)
+    monkeypatch.setattr(packed_attention, "attention", lambda x, packed: seen.append(x) or x[:, 2] * 2)
     with torch.no_grad():
-        OPS._forward_backward(qkv, packing(((2, 5), (3, 4)), "sdpa", CPU))
+        packed_attention._forward_backward(qkv, packing(((2, 5), (3, 4)), "sdpa", CPU))
     assert seen[0].requires_grad
     assert seen[0].grad is None
     assert not qkv.requires_grad
@@ -425,13 +427,13 @@ def test_varlen_compiles_to_one_graph_with_its_kernel_in_it() -> None:
 def on_gpu(impl: str) -> None:
     if not CUDA:
         pytest.skip("needs a CUDA GPU")
-    if reason := OPS.missing(impl):
+    if reason := packed_attention.missing(impl):
         pytest.skip(reason)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", OPS.IMPLS)
+@pytest.mark.parametrize("impl", packed_attention.IMPLS)
 def test_on_a_gpu_it_is_the_formula_of_each_image(impl: str, dtype: torch.dtype) -> None:
     on_gpu(impl)
     runs = tuple(run for run in RUNS if run[0])
@@ -452,7 +454,7 @@ def test_on_a_gpu_it_is_the_formula_of_each_image(impl: str, dtype: torch.dtype)
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("impl", ["auto", *OPS.IMPLS])
+@pytest.mark.parametrize("impl", ["auto", *packed_attention.IMPLS])
 def test_on_a_gpu_a_network_gives_the_same_with_each(impl: str, compiled: bool) -> None:
     on_gpu("sdpa" if impl == "auto" else impl)
     if compiled and impl == "xformers":

@@ -1,7 +1,7 @@
 """Self-attention, softmax(q k^T / sqrt(d)) v, within each image of a packed sequence.
 
-That holds the tokens of all images, one image after another; its `runs` say how many neighbours have one
-length: ((8, 197), (32, 37)) is eight images of 197 tokens, then 32 of 37. Implementations:
+A packed sequence holds the tokens of all images, one image after another. Its `runs` say how many successive
+images have the same length: ((8, 197), (32, 37)) is 8 images of 197 tokens, then 32 of 37. Implementations:
 
     sdpa      torch's scaled_dot_product_attention, once a run; every device and dtype, compiles
     varlen    torch.nn.attention.varlen, all images in one launch; CUDA, bf16 and fp16, compiles
@@ -43,11 +43,10 @@ class Packing(NamedTuple):
 def packing(runs: Runs, impl: str, device: torch.device) -> Packing:
     """The packing of `runs`, (images, tokens) each, for one implementation on a device.
 
-    Make it outside of what is compiled. What it puts on the device is kept: a step's packings are those of
-    the step before.
+    Call outside torch.compile. Packings are cached, since every step packs the same lengths.
 
     Raises:
-        ValueError: an implementation that there is not, or that is not installed.
+        ValueError: an unknown implementation, or one that is not installed.
     """
     if impl == "sdpa":
         return Packing(runs, impl)
@@ -248,9 +247,9 @@ def class_attention(q: Tensor, kv: Tensor, packed: Packing) -> Tensor:
     if packed.impl == "sdpa":
         outs = []
         queries = q.split([images for images, _ in packed.runs])
-        for its, part in zip(queries, split_runs(kv, packed.runs), strict=True):
+        for query, part in zip(queries, split_runs(kv, packed.runs), strict=True):
             k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
-            outs.append(_sdpa_run(its[:, :, None], k, v)[:, :, 0])
+            outs.append(_sdpa_run(query[:, :, None], k, v)[:, :, 0])
         return _join(outs)
     k, v = kv.unbind(1)
     first = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)

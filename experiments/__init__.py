@@ -1,0 +1,1 @@
+"""Studies made with fastdino: `python -m experiments.NAME --help`."""
