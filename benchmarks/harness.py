@@ -382,7 +382,10 @@ def bars(
                 height = 0.8 if stacked else 0.8 / len(found)
                 at = i if stacked else i + height * (j + 0.5) - 0.4
                 error = None if stacked else [[x["median"] - x["low"]], [x["high"] - x["median"]]]
-                axis.barh(at, x["median"], height, left, color=colours[name], label=name, xerr=error)
+                if log:  # a bar's length means nothing there
+                    axis.errorbar(x["median"], at, xerr=error, fmt="o", color=colours[name], label=name)
+                else:
+                    axis.barh(at, x["median"], height, left, color=colours[name], label=name, xerr=error)
                 left += x["median"] * stacked
         axis.set_yticks(range(len(groups)), groups)
         axis.invert_yaxis()
