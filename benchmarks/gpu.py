@@ -32,7 +32,7 @@ TESTED = {  # files, and the packages that their imports need beyond torch and t
 }
 # Part, most seconds, module of benchmarks and its arguments.
 OPS = "ops loss --seconds 4 --rounds 101"
-SIZES = "patch_size --optimizations --loader --compiled"
+SIZES = "patch_size --optimizations --compiled"
 GPU = f"""
     tests          420
     headline       120  {OPS} --images 64 --prototypes 65536 --dtypes bfloat16
@@ -55,7 +55,7 @@ REHEARSED = f"""
     headline       900  ops loss --no-compile --images 2 --rounds 2 --prototypes 512
     ema            900  ops ema --rounds 2 --archs vit_tiny
     profile        900  patch_size --profile {TINY}
-    patch_size     900  patch_size {TINY} --optimizations vit_nano --loader --rounds 2 --minutes 1
+    patch_size     900  patch_size {TINY} --optimizations vit_nano --rounds 2 --minutes 1
     loader         900  loader --quick --parts core
     distributed    900  distributed --ranks 1 --arch vit_nano --small --images 2 --updates 2
 """

@@ -1,4 +1,4 @@
-"""Times the loading of DINO's crops, here and as others write it: images/s, and which stage takes the time.
+"""Times the loading of DINO's crops, here and as others write it: images/s.
 
     python -m benchmarks.loader [--images DIR] [--workers 2] [--quick] [--out DIR]
 
@@ -13,9 +13,6 @@ two global ones of 224 and eight local ones of 96 pixels, counted when they are 
     fastdino, DALI    make_loader(loader="dali"), where nvidia.dali is installed; on a CPU, too
 
     core        no workers, one thread, a batch a round. Without DALI, which has threads of its own
-    split       the same time by stage. Each transform of the others is timed; fastdino's kernel does all at
-                once, so loaders whose policies leave out stages, with the same boxes, are subtracted from one
-                another: `crop, flip` includes drawing and writing into the batch. rest: making the batch
     workers     batches come from worker processes; timed once each has sent its first
 
 Nothing is timed unless fastdino's crops are bit for bit those that Pillow renders (on a GPU DALI's differ by
@@ -31,9 +28,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,15 +58,8 @@ from fastdino.config import CropPolicy
 from fastdino.data import crops
 
 SEED = 0
-PARTS = ("core", "split", "workers")
+PARTS = ("core", "workers")
 CPU = torch.device("cpu")
-STAGES = ("decode", "crop, flip", "jitter, grayscale", "blur, solarise", "to tensor, normalise", "rest")
-STAGE_OF = {
-    "crop, flip": ("RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "RandomRotate"),
-    "jitter, grayscale": ("ColorJitter", "RandomGrayscale"),
-    "blur, solarise": ("GaussianBlur", "Solarize", "RandomSolarize", "RandomSolarization"),
-    "to tensor, normalise": ("ToTensor", "ToDtype", "Normalize"),
-}
 PHOTOGRAPHS = {
     "skimage/data": "astronaut.png chelsea.png coffee.png motorcycle_left.png "
     "motorcycle_right.png rocket.jpg",
@@ -144,14 +133,6 @@ class Sometimes:
         return self.change(image) if random.random() < self.p else image
 
 
-class GaussianBlur(Sometimes):
-    """Official DINO's."""
-
-
-class Solarize(Sometimes):
-    """Official DINO's."""
-
-
 class AllViews:
     """Every view of an image, of official DINO's policy, by Pillow or by torchvision's v2."""
 
@@ -180,8 +161,8 @@ class AllViews:
             last: Any = t.ToDtype(torch.float32, scale=True)
         else:
             radius = p.blur_radius
-            smooth = GaussianBlur(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(*radius))), blur)
-            light, last = Solarize(ImageOps.solarize, sun), t.ToTensor()
+            smooth = Sometimes(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(*radius))), blur)
+            light, last = Sometimes(ImageOps.solarize, sun), t.ToTensor()
         steps = [crop, t.RandomHorizontalFlip(p.flip), jitter, t.RandomGrayscale(p.grayscale), smooth]
         return t.Compose([*steps, *([light] if sun else []), last, t.Normalize(p.mean, p.std)])
 
@@ -314,25 +295,6 @@ def rows_of(part: str, seconds: dict[str, list[float]], workers: int, sent: dict
     ]
 
 
-class Staged:
-    """A transform that adds its seconds to those of a stage."""
-
-    def __init__(self, stage: str, run: Callable[..., Any], spent: Counter[str]) -> None:
-        self.stage, self.run, self.spent = stage, run, spent
-
-    def __call__(self, *args: Any) -> Any:
-        began = time.perf_counter()
-        out = self.run(*args)
-        self.spent[self.stage] += time.perf_counter() - began
-        return out
-
-
-def stage_of(step: Any) -> str:
-    """The stage of a transform of torchvision's or lightly's."""
-    name = type(step.transforms[0] if type(step).__name__ == "RandomApply" else step).__name__
-    return next(stage for stage, names in STAGE_OF.items() if name in names)
-
-
 def bench_core(ways: list[Way], batch: int, policy: CropPolicy, seconds: float, rounds: int) -> list[Row]:
     """Each way in this process, a batch a round."""
     timed: Timed = {}
@@ -346,44 +308,6 @@ def bench_core(ways: list[Way], batch: int, policy: CropPolicy, seconds: float, 
     times = interleave(timed, Clock(CPU), seconds, rounds)
     each = {name: [t / 1e3 / batch for t in ms] for name, ms in times.items()}
     return rows_of("core", each, 0, {})
-
-
-def bench_split(
-    ways: list[Way], source: Any, batch: int, policy: CropPolicy, seconds: float, rounds: int
-) -> list[Row]:
-    """Milliseconds of an image in each stage; changes the ways' transforms."""
-    spent: dict[str, Counter[str]] = {way.name: Counter() for way in ways if way.dataset}
-    timed: Timed = {}
-    for way in (way for way in ways if way.dataset):
-        views = way.dataset.transform.transforms
-        views = [x if hasattr(x, "transforms") else x.transform for x in views]  # lightly's views hold one
-        for compose in {id(x): x for x in views}.values():
-            compose.transforms = [Staged(stage_of(x), x, spent[way.name]) for x in compose.transforms]
-        way.dataset.loader = Staged("decode", way.dataset.loader, spent[way.name])
-        batches = iter(way.open(batch, 0, rounds + 1))
-        timed[way.name] = Staged("all", batches.__next__, spent[way.name])
-    order, kept = iter(batches_of(len(source), batch, rounds + 1)), dict[str, list[Tensor]]()
-    timed["decode"] = lambda: [source.load(index) for index in next(order)]
-    sharp = replace(policy, blur=(0.0, 0.0, 0.0), solarize=(0.0, 0.0, 0.0))
-    for stage, less in zip(
-        STAGES[1:4], (replace(sharp, jitter=0.0, grayscale=0.0), sharp, policy), strict=True
-    ):
-        batches = iter(our_loader(source, less, "torchvision", batch, 0, rounds + 1))
-        timed[stage] = lambda batches=batches: kept.update(views=next(batches).views)  # type: ignore[misc]
-    kept["views"] = [crops.to_tensor(source.load(0))[None]]
-    timed[STAGES[4]] = lambda: finish(kept["views"], CPU, policy)
-    times = interleave(timed, Clock(CPU), seconds, rounds)
-    rows = []
-    for name, counts in spent.items():
-        counts["rest"] = 2 * counts["all"] - counts.total()
-        images = batch * (1 + len(times[name]))  # those of the first call too
-        rows.append({"part": "split", "loader": name, "ms": {s: 1e3 * counts[s] / images for s in STAGES}})
-    stages = dict.fromkeys(STAGES, 0.0) | {"decode": statistics.median(times["decode"]) / batch}
-    for before, after in itertools.pairwise(STAGES[:4]):
-        pairs = zip(times[after], times[before], strict=True)
-        stages[after] = statistics.median(a - b for a, b in pairs) / batch
-    stages[STAGES[4]] = statistics.median(times[STAGES[4]]) / batch
-    return [*rows, {"part": "split", "loader": "fastdino", "ms": stages}]
 
 
 def steady(
@@ -415,32 +339,12 @@ def text(rows: list[Row]) -> str:
     out = []
     for part in dict.fromkeys(r["part"] for r in rows):
         mine = [r for r in rows if r["part"] == part]
-        if part == "split":
-            cells = [r["ms"] | {"all": sum(r["ms"].values())} for r in mine]
-            out.append(table("Milliseconds of an image on one core", mine, "loader", cells))
-            continue
         cells = [
             {"images/s": r["images_per_s"], "times official": r["times_official"], "KB sent": r["KB_sent"]}
             for r in mine
         ]
         out.append(table(f"{part}, {mine[0]['workers']} workers", mine, "loader", cells))
     return "\n".join(out)
-
-
-def plot(results: Results) -> None:
-    """split.png: stages; plot.png: images/s."""
-    rows = results.rows
-    stages = {
-        r["loader"]: {s: max(0.0, ms) for s, ms in r["ms"].items()} for r in rows if r["part"] == "split"
-    }
-    title = "ms of an image on one core"
-    if stages:
-        bars(results.out / "split.png", title, {"": stages}, "ms", results.about, stacked=True)
-    rates: Any = {}
-    for r in rows:
-        if "images_per_s" in r:
-            rates.setdefault(r["part"], {})[r["loader"]] = {"images/s": r["images_per_s"]}
-    bars(results.out / "plot.png", "Loading DINO's crops", rates, "images/s", results.about)
 
 
 def main() -> None:
@@ -452,8 +356,8 @@ def main() -> None:
     add("--batch", type=int, default=64, help="images a batch (default %(default)s)")
     add("--workers", type=int, help="default: 2 on a CPU; on a GPU what make_loader chooses")
     add("--parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
-    add("--seconds", type=float, default=120, help="of core and of split, at most")
-    add("--rounds", type=int, default=15, help="of core and split, at most")
+    add("--seconds", type=float, default=120, help="of core, at most")
+    add("--rounds", type=int, default=15, help="of core, at most")
     add("--worker-rounds", type=int, default=5, help="of workers")
     add("--each", type=int, default=4, help="batches of each worker that are timed in a round")
     add("--quick", action="store_true", help="16 images, batches of 4, 2 rounds: to try it out")
@@ -481,8 +385,6 @@ def main() -> None:
         limits = (args.seconds, args.rounds)
         if "core" in args.parts:
             results.add(bench_core(alone, args.batch, policy, *limits))
-        if "split" in args.parts:
-            results.add(bench_split(alone, source, args.batch, policy, *limits))
         if "workers" in args.parts:
             seconds: dict[str, list[float]] = {way.name: [] for way in ways}
             sent: dict[str, float] = {}
@@ -492,7 +394,10 @@ def main() -> None:
                     seconds[way.name].append(found)
                     gc.collect()  # its workers end
             results.add(rows_of("workers", seconds, workers, sent))
-    plot(results)
+    rates: Any = {}
+    for r in results.rows:
+        rates.setdefault(r["part"], {})[r["loader"]] = {"images/s": r["images_per_s"]}
+    bars(results.out / "plot.png", "Loading DINO's crops", rates, "images/s", results.about)
     print(f"written to {results.out}")
 
 

@@ -19,7 +19,7 @@ loop), `packing` (a pass for each size), `attention kernel` (weights written out
 256 tokens they are so as it is), `compile` (off; on a CPU, where it is off by default, it is added), `half
 precision` (float32), `no syncs` (official's clipping and loss.item()), `fused optimiser` (torch's as it
 comes), `skipped work` (samples that stochastic depth drops are multiplied by 0, the last block computes all
-tokens), `all of these` (on a CPU without compile), and `loader` (official's transform and DataLoader).
+tokens), and `all of these` (on a CPU without compile).
 
 Nothing is timed unless every variant gives the loss, gradients and centre of official DINO in float32, from
 the same weights and images without stochastic depth, and its clipping, optimiser and moving average do what
@@ -33,7 +33,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -62,13 +61,11 @@ from benchmarks.harness import (
     table,
 )
 from benchmarks.update import OPTIMIZATIONS, PARTS, Problem, Shared, Variant, check, model_flops, variants_of
-from fastdino import data
 from fastdino.backbones import VITS
 
 TITLE = "Whole updates and patch size"
 MAIN = ("official", "official, compiled", "official, bfloat16", "lightly", "fastdino")
 PUBLISHED = ([224, 96], 8, 65536)
-FED = 3.0  # seconds of a round with a loader
 
 
 def run(variant: Variant, views: list[Tensor], times: int = 1) -> float:
@@ -138,8 +135,6 @@ def bench(problem: Problem, asked: Row, rates: Row, until: float, args: argparse
         rows.append(row)
     found: Row = {"problem": asdict(problem), "GFLOP_an_image": model_flops(problem) / 1e9, "variants": rows}
     found["fastdino"] = "compiled" if variants["fastdino"].compiled else "eager"
-    if asked["loader"]:
-        found["loader"] = bench_loader(problem, variants, device, args.workers)
     return found | {"seconds": time.monotonic() - began, "conditions": conditions.describe()}
 
 
@@ -176,63 +171,6 @@ def memory_apart(problem: Problem, compiled: bool) -> dict[str, Row]:
     """`memory` in a process of its own: resident memory depends on the allocator's past."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(memory, problem, compiled).result()
-
-
-def bench_loader(
-    problem: Problem, variants: dict[str, Variant], device: torch.device, workers: int | None
-) -> list[Row]:
-    """Updates fed from JPEGs; the last row is fastdino's update with official DINO's loader."""
-    from benchmarks import loader
-
-    images, policy = problem.images, variants["fastdino"].shared.config.data.crops
-    workers = data.choose_workers(images) if workers is None else workers
-    with tempfile.TemporaryDirectory() as scratch:
-        where = Path(scratch, "photos")
-        loader.make_photos(where, max(64, 2 * images))
-        source = data.open_source(str(where))
-        ways = {way.name: way for way in loader.ways_of(where, source, device, policy)[0]}
-        kind, _ = data.choose_loader("auto", device)
-        feeds = {"official": ("official", "official DINO"), "lightly": ("lightly", "lightly")}
-        feeds["fastdino"] = ("fastdino", "fastdino, DALI" if kind == "dali" else "fastdino")
-        feeds["loader"] = ("fastdino", "official DINO")
-        if problem.sizes != (224, 96):
-            del feeds["lightly"]  # whose transform has its own sizes
-        feeds = {name: pair for name, pair in feeds.items() if pair[0] in variants and pair[1] in ways}
-        used = [ways[way] for name, (_, way) in feeds.items() if name != "loader"]
-        loader.check(used, source, device, min(16, images), policy)
-        waits: dict[str, list[float]] = {name: [] for name in feeds}
-
-        def feed(name: str) -> float:
-            """Seconds of an update and its images."""
-            variant, way = variants[feeds[name][0]], ways[feeds[name][1]]
-            alone = run(variant, variant.inputs(problem.crops(images, device)))
-            count = max(4, min(50, round(FED / alone)))
-            batches = iter(way.open(images, workers, 2 * workers + 1 + count))
-            for _ in range(2 * workers):  # made ahead by the workers
-                next(batches)
-            waited = 0.0
-            for i in range(count + 1):  # the first one is not counted
-                if i == 1:
-                    synchronize(device)
-                    began, waited = time.perf_counter(), 0.0
-                at = time.perf_counter()
-                sent = way.views(next(batches))
-                waited += time.perf_counter() - at
-                variant(sent if variant.ours else loader.finish(sent, device, policy))
-            synchronize(device)
-            seconds = time.perf_counter() - began
-            variant.drop_gradients()
-            waits[name].append(waited / seconds)
-            del batches
-            gc.collect()  # its workers end
-            return seconds / count
-
-        times = interleave({n: partial(feed, n) for n in feeds}, lambda call: call(), math.inf, 3, warm=0)
-    return [
-        {"variant": name, "workers": workers, "images_per_s": spread([images / t for t in seconds])}
-        | {"times_official": ratio(times, "official", name), "waiting": statistics.median(waits[name])}
-        for name, seconds in times.items()
-    ]
 
 
 # What is written.
@@ -298,15 +236,6 @@ def text(rows: list[Row]) -> str:
         if parts := [v for v in main if v["variant"] in ("official", "fastdino") and v.get("parts")]:
             cells = [{part: f"{x:.1f}%" for part, x in shares(v).items()} for v in parts]
             out.append(table(f"{name}, share of the time{note}", parts, "variant", cells))
-        if fed := row.get("loader"):
-            lines = [v | {"variant": v["variant"].replace("loader", "fastdino with official's")} for v in fed]
-            cells = [
-                {"images/s": v["images_per_s"], "times official": v["times_official"]}
-                | {"waiting for images": f"{v['waiting']:.1%}"}
-                for v in fed
-            ]
-            title = f"{name}, with its own loader, {fed[0]['workers']} worker processes{note}"
-            out.append(table(title, lines, "variant", cells))
     return "\n".join(out)
 
 
@@ -395,14 +324,6 @@ def parse() -> argparse.Namespace:
         help="official DINO of these is compiled, too",
     )
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add(
-        "--loader",
-        nargs="*",
-        default=["vit_tiny/16", "vit_small/16"],
-        metavar="NETWORK",
-        help="fed from JPEGs",
-    )
-    add("--workers", type=int, help="of loaders; default: what make_loader chooses")
     add("--parts", type=int, default=5 if gpu else 2, help="updates to time part by part; 0: none")
     add("--global-size", type=int, default=224)
     add("--local-size", type=int, default=96)
@@ -418,7 +339,7 @@ def parse() -> argparse.Namespace:
     add("--plot-only", action="store_true", help="tables and plots anew, of results.json")
     if arguments.parse_known_args()[0].quick:
         arguments.set_defaults(archs=["vit_tiny", "vit_small", "resnet50"], global_size=112, local_size=48)
-        arguments.set_defaults(out_dim=8192, minutes=8, compile=False, loader=["vit_tiny/16"])
+        arguments.set_defaults(out_dim=8192, minutes=8, compile=False)
         arguments.set_defaults(optimizations=["vit_tiny/16", "vit_tiny/8"])
     args = arguments.parse_args()
     if unknown := {*args.without} - {*OPTIMIZATIONS}:
@@ -474,8 +395,8 @@ def measure(args: argparse.Namespace, results: Results) -> None:
             return problem.arch in networks or problem.name in networks
 
         without = list(args.without) if named(args.optimizations) else []
-        asked = {"compiled": args.compile and named(args.compiled), "loader": named(args.loader)}
-        key = {"problem": json.loads(json.dumps(asdict(problem))), "asked": asked | {"without": without}}
+        asked = {"compiled": args.compile and named(args.compiled), "without": without}
+        key = {"problem": json.loads(json.dumps(asdict(problem))), "asked": asked}
         if any(row.items() >= key.items() for row in results.rows):
             print(f"{problem.name}: measured already", flush=True)
             continue

@@ -26,6 +26,7 @@ from fastdino import optim, vit
 from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastdino.data.crops import normalize
+from fastdino.data.feed import Piece
 from fastdino.dino import DINO
 from fastdino.head import DINOHead
 from fastdino.ops.packed_attention import PLAIN_SCORES, attention_ref, class_tokens
@@ -290,7 +291,7 @@ class Variant:
         if not self.ours:
             return self.update(views)
         self.steps += 1
-        return self.update([views], replace(self.shared.settings, step=self.steps))[0]
+        return self.update([Piece(views)], replace(self.shared.settings, step=self.steps))[0]
 
     def drop_gradients(self) -> None:
         """Leave none behind."""

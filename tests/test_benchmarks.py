@@ -1,7 +1,6 @@
 """The benchmarks' harness, operations and loaders at tiny sizes, and the command for a lent GPU."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -121,9 +120,7 @@ def test_loader_times_every_loader_and_writes_its_results(tmp_path: Path) -> Non
     render_samples(tmp_path / "samples", train=16, val=8, size=160)
     words = ["--images", tmp_path / "samples" / "train", "--device", "cpu", "--quick", "--workers", "1"]
     rows = run("loader", *words, "--out", tmp_path / "out")
-    parts = {
-        part: {r["loader"]: r for r in rows if r["part"] == part} for part in ("core", "split", "workers")
-    }
+    parts = {part: {r["loader"]: r for r in rows if r["part"] == part} for part in ("core", "workers")}
     for part in parts.values():
         assert {"official DINO", "torchvision v2", "fastdino"} <= part.keys()
     for row in (*parts["core"].values(), *parts["workers"].values()):
@@ -131,9 +128,6 @@ def test_loader_times_every_loader_and_writes_its_results(tmp_path: Path) -> Non
         assert row["times_official"] > 0
     workers = parts["workers"]
     assert workers["official DINO"]["KB_sent"] == 4 * workers["fastdino"]["KB_sent"]
-    for row in parts["split"].values():
-        assert row["ms"]["decode"] > 0
-        assert all(math.isfinite(ms) for ms in row["ms"].values())
     assert "times official" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "plot.png").exists()
 

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Case
-
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """What was timed: benchmarks/compare.py checks it, and pytest-benchmark warns where it differs."""
@@ -38,15 +36,15 @@ def small(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def timed(benchmark: Any) -> Callable[..., None]:
-    """timed(group, variant, case, rounds, of): times `of`, or the variant, of a case.
+    """timed(group, variant, case, rounds, of): times `of`, or the variant, of a `Case` or a dict.
 
     The rounds are fixed, so that two commits have as many to take the least of: a few seconds on two cores.
     """
 
-    def run(group: str, variant: str, case: Case | dict[str, Any], rounds: int, of: str = "") -> None:
+    def run(group: str, variant: str, case: Any, rounds: int, of: str = "") -> None:
         benchmark.group = group
         benchmark.extra_info["ours"] = variant.startswith("fastdino")
-        variants, setup = (case.variants, case.setup) if isinstance(case, Case) else (case, None)
+        variants, setup = getattr(case, "variants", case), getattr(case, "setup", None)
         benchmark.pedantic(variants[of or variant], setup=setup, rounds=rounds, warmup_rounds=2)
 
     return run
