@@ -55,16 +55,15 @@ class Case:
 
 
 def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Its output is captured, stderr with stdout."""
-    pipe: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, cwd=cwd, env=os.environ | env, text=True, check=False, **pipe)
+    """Its output is captured."""
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
 
 
 def git(*arguments: str) -> str:
     """Its output; without hooks, which a temporary checkout must not start."""
     done = run(["git", "-c", "core.hooksPath=/dev/null", *arguments], ROOT)
     if done.returncode:
-        raise SystemExit(f"git {' '.join(arguments)}: {done.stdout.strip() or done.returncode}")
+        raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.strip() or done.returncode}")
     return done.stdout
 
 
@@ -105,7 +104,9 @@ def build(folder: Path) -> None:
     for step in (configure, make, ["--install", "build", "--prefix", "."]):
         done = run([cmake, *step], folder)
         if done.returncode:
-            raise SystemExit(f"the kernels of {folder.name} cannot be built:\n{done.stdout[-2000:]}")
+            raise SystemExit(
+                f"the kernels of {folder.name} cannot be built:\n{(done.stdout + done.stderr)[-2000:]}"
+            )
 
 
 def sources(folder: Path) -> dict[Path, bytes]:
@@ -136,7 +137,7 @@ def time_suite(folder: Path, expression: str) -> tuple[dict[str, Any], dict[str,
     if done.returncode == 5:
         raise SystemExit(f"-k {expression!r} fits no case")
     if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest ended with {done.returncode} on {folder.name}:\n{done.stdout}")
+        raise SystemExit(f"pytest ended with {done.returncode} on {folder.name}:\n{done.stdout}{done.stderr}")
     failed = re.findall(rf"^(?:FAILED|ERROR) {SUITE}/(\S+)(?: - (.*))?$", done.stdout, re.MULTILINE)
     if not report.exists() or not report.stat().st_size:
         return {"benchmarks": [], "machine_info": {}}, dict(failed)

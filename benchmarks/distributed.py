@@ -278,7 +278,7 @@ def text(rows: list[Row]) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    arguments, cuda = parser(__doc__), torch.cuda.is_available()
+    arguments, cuda = parser(__doc__, "distributed"), torch.cuda.is_available()
     add = arguments.add_argument
     add("--ranks", type=int, nargs="*", help="default: 1 2 on a CPU, 1 to all GPUs; none: only predict")
     add("--arch", default="vit_small" if cuda else "vit_tiny", help="to measure")
@@ -308,7 +308,7 @@ def main() -> None:
     problem = asdict(Problem(args.arch, args.patch, args.images, sizes))
     shared = {"problem": problem, "device": args.device, "updates": args.updates}
     if counts:
-        results = Results("distributed", "Updates in several processes", text, args)
+        results = Results("Updates in several processes", text, args)
     for ranks in counts:
         for parallel in (["auto"] if ranks == 1 else []) + ["ddp", "fsdp"]:
             for compile_ in ["off", "on"] if args.compile else ["off"]:

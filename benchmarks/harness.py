@@ -111,10 +111,10 @@ class Clock:
 
     def __init__(self, device: torch.device, ahead: bool = False) -> None:
         self.cuda, self.ahead = device.type == "cuda", ahead
-        self.flush = torch.empty(2**28, dtype=torch.int8, device=device) if self.cuda else None
+        self.flush = torch.empty(2**28 if self.cuda else 0, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], object]) -> float:
-        if self.flush is None:
+        if not self.cuda:
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e3
@@ -280,54 +280,48 @@ class Results:
     """results.json and table.md of a benchmark, written after every problem: a stop loses only one.
 
     Raises:
-        SystemExit: the folder holds results of another device, processor, instruction set or thread count.
+        SystemExit: the folder holds results of another device, processor, instruction set or thread count,
+            which a benchmark that `continues` must not mix with its own.
     """
 
     def __init__(
-        self,
-        module: str,
-        title: str,
-        table: Callable[[list[Row]], str],
-        args: argparse.Namespace,
-        continues: bool = True,
+        self, title: str, text: Callable[[list[Row]], str], args: Any, continues: bool = True
     ) -> None:
-        self.title, self.table, self.conditions = title, table, Conditions()
+        self.title, self.text, self.conditions = title, text, Conditions()
         self.about = machine(torch.device(args.device))
-        self.out: Path = args.out or folder(self.about) / module
+        self.out: Path = args.out or folder(self.about) / args.module
         stored = self.out / "results.json"
         before = json.loads(stored.read_text()) if stored.exists() else {"about": {}, "rows": []}
         self.stored_about, self.stored = before["about"], before["rows"]
         self.rows: list[Row] = []
         for key in ("device", "processor"):
-            if (old := self.stored_about.get(key, self.about[key])) != self.about[key] and continues:
-                raise SystemExit(
-                    f"{stored} was measured on {old} and this is {self.about[key]}: give another --out"
-                )
+            old, new = self.stored_about.get(key, self.about[key]), self.about[key]
+            if old != new and continues:
+                raise SystemExit(f"{stored} was measured on {old} and this is {new}: give another --out")
 
-    def add(self, rows: list[Row], **about: Any) -> None:
+    def add(self, rows: list[Row]) -> None:
         """Keep some more rows, and print them."""
         self.rows += rows
-        self.write(self.about | self.conditions.describe() | about)
-        print(self.table(rows), flush=True)
+        self.write(self.about | self.conditions.describe())
+        print(self.text(rows), flush=True)
 
     def write(self, about: Row) -> None:
         """Both files, of all rows."""
         self.about = about
         self.out.mkdir(parents=True, exist_ok=True)
         lines = "\n".join(f"- {key}: {value}" for key, value in about.items())
-        texts = {
-            "results.json": json.dumps({"about": about, "rows": self.rows}, indent=1) + "\n",
-            "table.md": f"# {self.title}\n\n{lines}\n{self.table(self.rows)}",
-        }
-        for name, text in texts.items():
-            write_text(self.out / name, text)
+        write_text(
+            self.out / "results.json", json.dumps({"about": about, "rows": self.rows}, indent=1) + "\n"
+        )
+        write_text(self.out / "table.md", f"# {self.title}\n\n{lines}\n{self.text(self.rows)}")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None, module: str) -> argparse.ArgumentParser:
     """--device and --out, with a module's docstring as help."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    found.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE/MODULE")
+    found.add_argument("--out", type=Path, help=f"default: benchmarks/results/DEVICE/{module}")
+    found.set_defaults(module=module)
     return found
 
 

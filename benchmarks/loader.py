@@ -45,7 +45,6 @@ from benchmarks.harness import (
     Results,
     Row,
     Timed,
-    bars,
     interleave,
     parser,
     ratio,
@@ -349,7 +348,7 @@ def text(rows: list[Row]) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, "loader")
     add = arguments.add_argument
     add("--images", type=Path, help="folder of folders of JPEGs; where it is empty they are made in it")
     add("--count", type=int, default=512, help="images to make (default %(default)s)")
@@ -366,7 +365,7 @@ def main() -> None:
         args.count, args.batch, args.rounds, args.worker_rounds, args.each = 16, 4, 2, 1, 1
     device, policy = torch.device(args.device), CropPolicy()
     workers = args.workers or (data.choose_workers(args.batch) if device.type == "cuda" else 2)
-    results = Results("loader", "Loading DINO's crops", text, args)
+    results = Results("Loading DINO's crops", text, args)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of workers that are started afresh and not forked
     with tempfile.TemporaryDirectory() as scratch:
@@ -394,10 +393,6 @@ def main() -> None:
                     seconds[way.name].append(found)
                     gc.collect()  # its workers end
             results.add(rows_of("workers", seconds, workers, sent))
-    rates: Any = {}
-    for r in results.rows:
-        rates.setdefault(r["part"], {})[r["loader"]] = {"images/s": r["images_per_s"]}
-    bars(results.out / "plot.png", "Loading DINO's crops", rates, "images/s", results.about)
     print(f"written to {results.out}")
 
 

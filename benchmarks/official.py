@@ -25,13 +25,9 @@ def cross_entropy(
 ) -> Tensor:
     """The mean of 2 V - 2 cross-entropies, of a teacher's crop and another crop of the student, one by one.
 
-    In float32 or more, as under autocast; the division stays in the logits' precision, as there.
-
-    Args:
-        student: V crops' logits (B, K).
-        teacher: those of 2 crops (B, K).
-        center: (K,) or (1, K).
-        once: take each crop's log-softmax once and not for each pair, which rounds the gradient otherwise.
+    Of V crops' logits (B, K) and 2 of the teacher's, in float32 or more, as under autocast; the division
+    stays in the logits' precision, as there. `once`: take each crop's log-softmax once, not once for each
+    pair, which rounds the gradient otherwise.
     """
 
     def log_p(v: int) -> Tensor:
@@ -92,14 +88,8 @@ def sinkhorn(teacher: Tensor, temperature: float = TEACHER_TEMP) -> Tensor:
 class Update:
     """Official DINO's update of a student and a teacher, which map a list of crops to logits, crop-major.
 
-    Args:
-        student, teacher: the networks.
-        optimizer: of the student's `param_groups`; its settings are the caller's.
-        center: (1, K), changed in place.
-        clip: the largest norm of a tensor's gradient.
-        dtype: of autocast; float16 comes with loss scaling.
-        compiled: networks and loss under torch.compile.
-        once: see `cross_entropy`.
+    The optimiser's settings are the caller's. `center` (1, K) changes in place; `clip` is the largest norm
+    of a tensor's gradient; float16 comes with loss scaling; `compiled` compiles networks and loss.
     """
 
     def __init__(
@@ -217,7 +207,6 @@ class Block(nn.Module):
         return self.proj((weights @ v).transpose(1, 2).reshape(b, n, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to the same shape."""
         x = x + self.drop(self.attend(self.norm1(x)))
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
@@ -230,7 +219,6 @@ class Backbone(nn.Module):
         self.ours, self.blocks = ours, nn.ModuleList(Block(block) for block in ours.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to class tokens (B, D)."""
         x = self.ours.prepare_tokens(x)
         for block in self.blocks:
             x = block(x)
@@ -255,7 +243,6 @@ class Network(nn.Module):
         self.mlp, self.last_layer = nn.Sequential(*layers), ours.head.last_layer
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """V crops (B, 3, H, W) to logits (V B, K)."""
         x = F.normalize(self.mlp(per_size(self.backbone, crops)), dim=-1)
         return F.linear(x, torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g, 0))
 
@@ -291,7 +278,6 @@ class LightlyNetwork(nn.Module):
             self.backbone = timm_vit(ours.backbone, drop_path_rate)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """V crops (B, 3, H, W) to logits (V B, K)."""
         # timm takes only whole patches; a strided convolution leaves out the same pixels
         whole = [x.shape[-1] // self.patch * self.patch for x in crops]
         return self.head(per_size(self.backbone, [x[..., :n, :n] for x, n in zip(crops, whole, strict=True)]))

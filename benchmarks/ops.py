@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import official
-from benchmarks.harness import COPY, ROOT, Case, Results, Row, bars, parser, table
+from benchmarks.harness import ROOT, Case, Results, Row, parser, table
 from fastdino import ops
 
 V, G = 10, 2
@@ -143,21 +143,14 @@ def ema(arch: str, device: str = "cpu", prototypes: int = 65536) -> Case:
     start, student = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
     teacher = [t.clone() for t in start]
     momentum, count = official.MOMENTUM, sum(s.numel() for s in shapes)
-    average: Any = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
 
     def loop() -> None:
         for t, s in zip(teacher, student, strict=True):
             t.mul_(momentum).add_((1 - momentum) * s)
 
-    def mul_add() -> None:
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1 - momentum)
-
     ways: dict[str, Callable[[], object]] = {
         "official loop": loop,
-        "foreach mul, add": mul_add,
         "foreach-lerp": lambda: torch._foreach_lerp_(teacher, student, 1 - momentum),
-        "AveragedModel's average": lambda: average(teacher, student, 1),
         "fastdino": lambda: ops.ema_(teacher, student, momentum),
     }
 
@@ -355,27 +348,9 @@ def both_allocators(results: Results) -> None:
         results.write(results.about | {allocator: conditions})  # a stop loses only the second half
 
 
-def plot(results: Results) -> None:
-    """plot.png: GB/s of the ideal bytes."""
-    panels: dict[str, Any] = {}
-    for row in results.rows:
-        if "GB_s" in row and row["op"] in ("loss", "ema"):
-            panel = f"{row['op']}, {row['sizes'].get('dtype', 'float32')}\n{row.get('allocator', '')}"
-            size = {k: v for k, v in row["sizes"].items() if k not in ("dtype", "parameters")}
-            group = ", ".join(f"{v} {k}" if k != "arch" else v for k, v in size.items())
-            panels.setdefault(panel, {}).setdefault(group, {})[row["variant"]] = row["GB_s"]
-    bars(
-        results.out / "plot.png",
-        "Best round",
-        panels,
-        f"GB/s of ideal bytes ({COPY}: the limit)",
-        results.about,
-    )
-
-
 def main() -> None:
     """See the module's docstring."""
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, "ops")
     add = arguments.add_argument
     add("cases", nargs="*", metavar="CASE", help="default: all")
     add("--images", type=int, nargs="*", default=[64, 32, 16, 8], help="of loss, center, sinkhorn")
@@ -390,13 +365,12 @@ def main() -> None:
     args = arguments.parse_args()
     if unknown := {*args.cases} - {*CASES}:
         arguments.error(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
-    results = Results("ops", "fastdino's operations", text, args)
+    results = Results("fastdino's operations", text, args)
     if args.device == "cpu" and not args.allocator:
         both_allocators(results)
     else:
         measure(args, results)
     if not args.allocator:
-        plot(results)
         print(f"written to {results.out}")
 
 

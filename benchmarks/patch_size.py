@@ -212,16 +212,13 @@ def text(rows: list[Row]) -> str:
     out.append(table(f"images/s of whole updates{note}", networks, "network", overview))
     for name, row, of in named:
         main = [of[n] for n in MAIN if n in of]
-        cells = [
-            {
-                "precision": v["precision"],
-                "images/s": v["images_per_s"],
-                "times official": v["times_official"],
-            }
-            | {"MFU": f"{v['use']:.0%}", "peak MB": v.get("peak_MB"), "MB an image": v.get("MB_an_image")}
-            | {"waits": v["off"].get("waits"), "gradients off": f"{v['off']['gradients']:.0e}"}
-            for v in main
-        ]
+        cells = []
+        for v in main:
+            cell = {"precision": v["precision"], "images/s": v["images_per_s"]}
+            cell |= {"times official": v["times_official"], "MFU": f"{v['use']:.0%}"}
+            cell |= {"peak MB": v.get("peak_MB"), "MB an image": v.get("MB_an_image")}
+            cell |= {"waits": v["off"].get("waits"), "gradients off": f"{v['off']['gradients']:.0e}"}
+            cells.append(cell)
         title = f"{name}, {row['problem']['images']} images an update{note}"
         others, when = row["conditions"]["others_share_of_cores"], row["stamp"]["date"]
         rounds = of["official"]["images_per_s"]["rounds"]
@@ -301,28 +298,16 @@ def stamp_of(about: Row) -> Row:
 
 def parse() -> argparse.Namespace:
     """The command's arguments."""
-    arguments, gpu = parser(__doc__), torch.cuda.is_available()
+    arguments, gpu = parser(__doc__, "patch_size"), torch.cuda.is_available()
     add, few = arguments.add_argument, ["vit_small/16", "vit_small/8"]
     add("--archs", nargs="*", default=["vit_small", "vit_base", "vit_tiny", "resnet50"])
     add("--patches", type=int, nargs="*", default=[16, 8, 14, 5])
     add("--images", type=int, help="an update; default: by the network's FLOPs")
     add("--minutes", type=float, default=8 if gpu else 50, help="in all, about")
     add("--rounds", type=int, default=9, help="at most, of a network; two are due")
-    add(
-        "--optimizations",
-        nargs="*",
-        default=["vit_tiny/16", *few],
-        metavar="NETWORK",
-        help="taken away of these",
-    )
+    add("--optimizations", nargs="*", default=["vit_tiny/16", *few], help="networks to take them away of")
     add("--without", nargs="*", default=OPTIMIZATIONS, metavar="NAME", help="only these optimizations")
-    add(
-        "--compiled",
-        nargs="*",
-        default=few,
-        metavar="NETWORK",
-        help="official DINO of these is compiled, too",
-    )
+    add("--compiled", nargs="*", default=few, help="networks of which official DINO is compiled, too")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--parts", type=int, default=5 if gpu else 2, help="updates to time part by part; 0: none")
     add("--global-size", type=int, default=224)
@@ -351,7 +336,8 @@ def parse() -> argparse.Namespace:
 
 def profile(args: argparse.Namespace) -> None:
     """A profile of each network's update in place of its time."""
-    results = Results("profile", "Profile of whole updates", profiling.text, args)
+    args.module = "profile"
+    results = Results("Profile of whole updates", profiling.text, args)
     device = torch.device(args.device)
     for problem in problems_of(args):
         shared, crops = Shared(problem, device), problem.crops(problem.images, device)
@@ -430,7 +416,7 @@ def main() -> None:
     if args.profile:
         profile(args)
         return
-    results = Results("patch_size", TITLE, text, args, continues=not args.plot_only)
+    results = Results(TITLE, text, args, continues=not args.plot_only)
     if args.plot_only or args.memory_only:
         results.rows, results.title = results.stored, TITLE + reduced(results.stored)
     if args.memory_only:
