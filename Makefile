@@ -25,7 +25,7 @@ $(VENV)/installed-bench: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m fastdino.data.samples samples
+	$(BIN)/fastdino-data samples samples
 	$(BIN)/fastdino-train demo --data samples/train --val samples/val --out runs/demo
 	$(BIN)/fastdino-eval knn runs/demo --data samples/train --val samples/val --baselines
 	@echo "curves     runs/demo/curves.png"

@@ -62,7 +62,7 @@ def work(path: Path) -> None:
     """One rank of one job: torchrun starts it."""
     job: Row = json.loads(path.read_text())
     problem, updates = Problem(**job["problem"]), job["updates"]
-    with distributed.joined(job["device"], job["parallel"]) as device:
+    with distributed.process_group(job["device"], job["parallel"]) as device:
         run = {"parallel": job["parallel"], "compile": job["compile"], "device": job["device"]}
         config = problem.config(**run)
         update, settings = Update(config, device), settings_of(config)

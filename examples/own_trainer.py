@@ -14,7 +14,6 @@ from torchvision.transforms import v2
 
 import fastdino
 from fastdino.config import Config, CropPolicy, DataConfig, ModelConfig, OptimConfig
-from fastdino.update import COLUMNS
 
 crops = CropPolicy(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 config = Config(
@@ -48,6 +47,6 @@ for step, batch in enumerate(batches):
     settings = schedule.at(step)
     row = update([batch], settings)  # a tensor on the device: reading it waits, so read it now and then
     if settings.logs:
-        values = dict(zip(COLUMNS, row.tolist(), strict=True))
+        values = dict(zip(update.COLUMNS, row.tolist(), strict=True))
         print(f"step {step + 1}/{schedule.total_steps} loss {values['loss']:.3f} lr {settings.lr:.2g}")
 torch.save(update.dino.teacher.state_dict(), sys.argv[2])  # fastdino.load_backbone(sys.argv[2]) reads it

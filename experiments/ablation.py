@@ -28,10 +28,10 @@ import tyro
 
 from experiments.judge import Result, Variant, plot, report, result_of
 from fastdino import cli, data
-from fastdino.config import PRESETS, Config, number
+from fastdino.config import PRESETS, Config, resolved
 from fastdino.eval.knn import check_classes
 from fastdino.files import claim, write_text
-from fastdino.train import settle_for
+from fastdino.train import resolve_auto_for
 
 TAKEN = {"--data", "--val", "--out", "--seed"}  # flags of fastdino-train that each run gets from here
 STOPPED = {75, 130, -signal.SIGINT, -signal.SIGTERM}  # exit statuses of a run that was told to stop
@@ -40,7 +40,12 @@ STOPPED = {75, 130, -signal.SIGINT, -signal.SIGTERM}  # exit statuses of a run t
 def default_variants(base: Config, images: int) -> list[Variant]:
     """The paper's ablations about `base`, whose numbers are resolved for a number of images."""
     model, crops, method = base.model, base.data.crops, base.method
-    k, b, p, local = number(model.out_dim), base.optim.batch_size, model.patch_size, crops.local_crops_number
+    k, b, p, local = (
+        resolved(model.out_dim),
+        base.optim.batch_size,
+        model.patch_size,
+        crops.local_crops_number,
+    )
     smallest = crops.local_crops_size if local else crops.global_crops_size
 
     def flag(name: str, value: float, own: float) -> str:
@@ -97,7 +102,7 @@ def plan(args: argparse.Namespace, flags: Sequence[str], images: int) -> list[Va
             PRESETS, args=[args.preset, *given], prog="fastdino-train", config=(tyro.conf.OmitArgPrefixes,)
         )
         try:
-            return settle_for(config, images)[0]
+            return resolve_auto_for(config, images)[0]
         except ValueError as error:
             raise ValueError(f"{v.name}: {error}") from None
 

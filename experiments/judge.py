@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from fastdino.config import Config, from_dict, number
+from fastdino.config import Config, from_dict, resolved
 from fastdino.diagnostics import Doctor
 from fastdino.files import printable, write_atomically
 from fastdino.monitor import read_metrics
@@ -84,7 +84,7 @@ def result_of(folder: Path, code: int, log: str) -> Result:
         said += doctor.examine(line["step"], values, following["epoch"] > line["epoch"])
     result |= {name: last.get(name) for name in COLUMNS}
     if (entropy := last.get("teacher_entropy")) is not None:
-        result["entropy"] = entropy / math.log(max(2, number(config.model.out_dim)))
+        result["entropy"] = entropy / math.log(max(2, resolved(config.model.out_dim)))
     if (path := folder / "knn.json").exists():
         knn = json.loads(path.read_text())
         result |= {"knn": knn["teacher"]["20"], "untrained": knn["untrained network"]["20"]}

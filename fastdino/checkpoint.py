@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from fastdino.config import Config, from_dict, to_dict
-from fastdino.distributed import cpu_group, gather, on_first, rank, ranks, whole
+from fastdino.distributed import cpu_group, full_tensor, gather, on_rank_zero, rank, world_size
 from fastdino.files import differences, lock, sync, write_atomically, write_text
 
 # Fields that a continued run may change: none of them touches what is learnt, but by rounding.
-FREE = {
+MAY_CHANGE_ON_RESUME = {
     "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
     "data.loader",
     "data.workers",
@@ -84,7 +84,7 @@ def _check_same_run(out: Path, config: Config) -> None:
     differing = [
         f"  --{name.split('.')[-1].replace('_', '-')}: was {was!r}, now {now!r}"
         for name, (was, now) in differences(stored, to_dict(config)).items()
-        if name not in FREE
+        if name not in MAY_CHANGE_ON_RESUME
     ]
     if differing:
         raise ValueError(
@@ -125,13 +125,13 @@ class Saver:
         `finish` before.
         """
         assert self.pending is None
-        beside = self.out / "checkpoints" / f".step_{step}.tmp"
+        tmp = self.out / "checkpoints" / f".step_{step}.tmp"
         if rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
         # One process is what is meant. For good: it is DCP's thread that would warn.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         written = dcp.async_save(
-            tensors, checkpoint_id=beside, process_group=self.group, no_dist=self.group is None
+            tensors, checkpoint_id=tmp, process_group=self.group, no_dist=self.group is None
         )
         self.pending = step, self.thread.submit(self._complete, step, written, info, write_teacher)
 
@@ -142,21 +142,21 @@ class Saver:
         if rank() != 0:
             return
         folder = self.out / "checkpoints"
-        final, beside = folder / f"step_{step}", folder / f".step_{step}.tmp"
-        for its in (dcp.FileSystemReader(beside).read_metadata().storage_data or {}).values():
-            if not (beside / its.relative_path).exists():
+        final, tmp = folder / f"step_{step}", folder / f".step_{step}.tmp"
+        for stored in (dcp.FileSystemReader(tmp).read_metadata().storage_data or {}).values():
+            if not (tmp / stored.relative_path).exists():
                 raise OSError(
-                    f"{beside / its.relative_path}, which another rank wrote, is not here: --out must be on "
+                    f"{tmp / stored.relative_path}, which another rank wrote, is not here: --out must be on "
                     "a file system that all machines share"
                 )
-        (beside / "info.json").write_text(json.dumps(info))
-        for path in beside.iterdir():
+        (tmp / "info.json").write_text(json.dumps(info))
+        for path in tmp.iterdir():
             sync(path)
-        sync(beside)
+        sync(tmp)
         old = folder / f".step_{step}.old.tmp"
         if final.exists():
             os.replace(final, old)
-        os.replace(beside, final)
+        os.replace(tmp, final)
         sync(folder)
         shutil.rmtree(old, ignore_errors=True)
         write_teacher()
@@ -177,7 +177,7 @@ class Saver:
 
     def close(self) -> None:
         """End the thread, after the last save; with other ranks, that may be dead, it is not waited for."""
-        self.thread.shutdown(wait=ranks() == 1)
+        self.thread.shutdown(wait=world_size() == 1)
 
 
 def _agreed(error: str) -> str:
@@ -222,7 +222,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.load(tensors, checkpoint_id=path, process_group=cpu_group(), no_dist=ranks() == 1)
+            dcp.load(tensors, checkpoint_id=path, process_group=cpu_group(), no_dist=world_size() == 1)
         info = json.loads((path / "info.json").read_text())
     except (Exception, CheckpointException) as caught:  # a damaged file can make the reader raise anything
         error = f"{path} cannot be read: {_reason(caught)}"
@@ -241,7 +241,7 @@ def load_newest(out: Path, tensors: dict[str, Tensor]) -> tuple[int, dict[str, A
         ValueError: there are some, and none can be read.
     """
     problems: list[str] = []
-    for step in on_first(lambda: list(reversed(checkpoints(out)))):
+    for step in on_rank_zero(lambda: list(reversed(checkpoints(out)))):
         try:
             return step, load(out / "checkpoints" / f"step_{step}", tensors), problems
         except ValueError as error:
@@ -268,21 +268,21 @@ def prune(out: Path, keep: int, keep_every: int) -> None:
             shutil.rmtree(doomed)
 
 
-def copied(network: nn.Module) -> dict[str, Tensor]:
+def cpu_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """A copy of a network's tensors in the CPU's memory, put together if sharded; of rank 0, else empty."""
     state: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
-        value = whole(value.detach())
+        value = full_tensor(value.detach())
         if rank() == 0:
             state[name] = value.to("cpu", copy=True).contiguous()
     return state
 
 
 def write_teacher(path: Path, teacher: nn.Module | dict[str, Tensor], config: Config, step: int) -> None:
-    """Write the teacher, or what `copied` made of it, as one file with its configuration inside."""
-    state = copied(teacher) if isinstance(teacher, nn.Module) else teacher
+    """Write the teacher, or what `cpu_state_dict` made of it, as one file with its configuration inside."""
+    state = cpu_state_dict(teacher) if isinstance(teacher, nn.Module) else teacher
     metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
-    write_atomically(path, lambda beside: save_file(state, beside, metadata=metadata))
+    write_atomically(path, lambda tmp: save_file(state, tmp, metadata=metadata))
 
 
 def teacher_step(out: Path) -> int | None:

@@ -33,14 +33,14 @@ def run(
     Raises:
         SystemExit: as above.
     """
-    rank, ranks = distributed.place()[:2]
+    rank, ranks = distributed.launch()[:2]
     if ranks == 1:  # torchrun ends the remaining ranks by SIGTERM: they have nothing to say then
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # job managers end it as Ctrl-C does
     refusals: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     title = name + (f", rank {rank}" if ranks > 1 else "")
     try:
         return command() or 0
-    except distributed.ElsewhereError:
+    except distributed.OtherRankFailed:
         sys.exit(1)  # that rank has said it
     except BrokenProcessPool:
         sys.exit(f"{title}: a process died: often memory ran out; lower --workers")
@@ -74,7 +74,7 @@ def progress(what: str, total: int | None, unit: str = "images") -> Iterator[Cal
         console=out,
         transient=True,
         auto_refresh=False,
-        disable=not out.is_terminal or out.quiet,
+        disable=not out.is_terminal,
     ) as bar:
         task, drawn = bar.add_task(what, total=total), 0.0
 

@@ -6,18 +6,35 @@ flag and what to do. Defaults are those of official DINO (Caron et al. 2021, arX
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 Range = tuple[float, float]
-Auto = Literal["auto"]  # `settle` puts a number in its place
+Auto = Literal["auto"]  # `resolve_auto` puts a number in its place
 
 
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_each(config: Any, names: str, ok: Callable[[Any], bool], advice: str) -> None:
+    """Check the fields of these names, one after the other; a number that is still `auto` passes."""
+    for name in names.split():
+        value = getattr(config, name)
+        _check(value == "auto" or ok(value), f"{_flag(name)} {value}: {advice}")
+
+
+def _check_least(config: Any, least: int, names: str, unit: str = "") -> None:
+    """Check that the fields of these names are `least` or more."""
+    _check_each(config, names, lambda value: value >= least, f"give {least} or more{unit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +86,7 @@ class CropPolicy:
             low, high = getattr(self, name)
             _check(
                 0 < low <= high <= 1,
-                f"--{name.replace('_', '-')} {low} {high}: give two shares of the area, 0 < low <= high <= 1",
+                f"{_flag(name)} {low} {high}: give two shares of the area, 0 < low <= high <= 1",
             )
         low, high = self.aspect_ratio
         _check(0 < low <= high, f"--aspect-ratio {low} {high}: give two positive ratios, the smaller first")
@@ -82,19 +99,12 @@ class CropPolicy:
                 all(0 <= p <= 1 for p in values),
                 f"--{name} {' '.join(map(str, values))}: a probability lies between 0 and 1",
             )
-        for name in ("brightness", "contrast", "saturation"):
-            _check(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: a strength is 0 or more")
+        _check_each(self, "brightness contrast saturation", lambda x: x >= 0, "a strength is 0 or more")
         _check(0 <= self.hue <= 0.5, f"--hue {self.hue}: the shift lies between 0 and 0.5")
         _check(all(s > 0 for s in self.std), f"--std {self.std}: a standard deviation is above 0")
-        _check(
-            self.local_crops_number >= 0, f"--local-crops-number {self.local_crops_number}: give 0 or more"
-        )
-        for name in ("global_crops_size", "local_crops_size"):
-            size = getattr(self, name)
-            _check(
-                1 <= size <= 4096,
-                f"--{name.replace('_', '-')} {size}: a crop has 1 to 4096 pixels a side",
-            )
+        _check_least(self, 0, "local_crops_number")
+        sizes = "global_crops_size local_crops_size"
+        _check_each(self, sizes, lambda x: 1 <= x <= 4096, "a crop has 1 to 4096 pixels a side")
         _check(
             self.local_crops_number == 0 or self.local_crops_size <= self.global_crops_size,
             f"--local-crops-size {self.local_crops_size} is above --global-crops-size "
@@ -135,8 +145,8 @@ class DataConfig:
     """Processes that read and crop images; 0 loads in the training process, -1 chooses by the machine's
     cores."""
     shuffle_buffer: int = 16384
-    """Shards are read one after the other, in another order each epoch, and their images mixed within about
-    so many; 0 mixes all, which reads at random places. Folders are always mixed whole."""
+    """Shards are read one after the other, in another order each epoch, and their images are mixed within a
+    window of about N images; 0 mixes all, which reads at random places. Folders are always mixed whole."""
     jpeg_scaling: bool = False
     """Decode a JPEG at a half, quarter or eighth of its size where that leaves every crop's box as large as
     the crop: several times faster for photographs of many megapixels, with slightly other pixels. Not with
@@ -150,7 +160,7 @@ class DataConfig:
         _check(
             self.workers >= -1, f"--workers {self.workers}: give 0 or more, or -1 to choose by the machine"
         )
-        _check(self.shuffle_buffer >= 0, f"--shuffle-buffer {self.shuffle_buffer}: give 0 or more images")
+        _check_least(self, 0, "shuffle_buffer", " images")
         _check(
             0 <= self.max_unreadable <= 1,
             f"--max-unreadable {self.max_unreadable}: a share lies between 0 and 1",
@@ -192,12 +202,8 @@ class ModelConfig:
     """Width of the l2-normalised vector before the prototypes."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "out_dim", "head_layers", "head_hidden_dim", "bottleneck_dim"):
-            value = getattr(self, name)
-            _check(value == "auto" or value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        for name in ("num_register_tokens", "layer_scale"):
-            value = getattr(self, name)
-            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+        _check_least(self, 1, "patch_size out_dim head_layers head_hidden_dim bottleneck_dim")
+        _check_least(self, 0, "num_register_tokens layer_scale")
         _check(
             0 <= self.drop_path_rate < 1,
             f"--drop-path-rate {self.drop_path_rate}: give 0 up to, not including, 1",
@@ -230,17 +236,11 @@ class MethodConfig:
     do not learn."""
 
     def __post_init__(self) -> None:
-        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-            value = getattr(self, name)
-            _check(value > 0, f"--{name.replace('_', '-')} {value}: a temperature is above 0")
-        for name in ("center_momentum", "momentum_teacher"):
-            value = getattr(self, name)
-            fits = value == "auto" or 0 <= value <= 1
-            _check(fits, f"--{name.replace('_', '-')} {value}: a momentum lies between 0 and 1")
-        _check(
-            self.warmup_teacher_temp_epochs >= 0,
-            f"--warmup-teacher-temp-epochs {self.warmup_teacher_temp_epochs}: give 0 or more",
-        )
+        temperatures = "student_temp teacher_temp warmup_teacher_temp"
+        _check_each(self, temperatures, lambda x: x > 0, "a temperature is above 0")
+        momenta = "center_momentum momentum_teacher"
+        _check_each(self, momenta, lambda x: 0 <= x <= 1, "a momentum lies between 0 and 1")
+        _check_least(self, 0, "warmup_teacher_temp_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,28 +280,18 @@ class OptimConfig:
     learning rate rises to its peak over them, and begins anew after them."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
+        _check_least(self, 1, "epochs batch_size accumulate")
         _check(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}: change one",
         )
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
-            value = getattr(self, name)
-            _check(value == "auto" or value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+        _check_least(self, 0, "lr min_lr warmup_epochs weight_decay weight_decay_end clip_grad")
         _check(
             self.lr != "auto" or self.optimizer == "adamw",
             f"--lr auto is for adamw: give {self.optimizer} a number",
         )
-        _check(
-            self.freeze_last_layer >= 0,
-            f"--freeze-last-layer {self.freeze_last_layer}: give 0 or more epochs",
-        )
-        _check(
-            self.head_warmup_steps >= 0,
-            f"--head-warmup-steps {self.head_warmup_steps}: give 0 or more updates",
-        )
+        _check_least(self, 0, "freeze_last_layer", " epochs")
+        _check_least(self, 0, "head_warmup_steps", " updates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,25 +328,21 @@ class RunConfig:
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every_epochs: int = 20
-    """Also keep for good the checkpoint at the end of each so many epochs; 0 keeps none."""
+    """Keep one checkpoint every N epochs for good, beside the newest; 0 keeps none."""
     knn_every_epochs: int = 10
     """Epochs between two k-NN evaluations of the teacher, where there are labels; 0 turns them off."""
     knn_images: int = 20000
-    """At most so many images on either side of those k-NN evaluations, evenly spread; 0 takes all.
+    """Take N images, evenly spread, on either side of those k-NN evaluations; 0 takes all.
     fastdino-eval takes all."""
     max_nonfinite: int = 20
-    """Stop after so many non-finite steps in a row. Each is skipped and reported."""
+    """Stop after N non-finite steps in a row. Each is skipped and reported."""
     wandb: str = ""
     """Weights & Biases project to log to, beside metrics.jsonl and TensorBoard; needs pip install
     'fastdino[wandb]'."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep", "max_nonfinite"):
-            value = getattr(self, name)
-            _check(value >= 1, f"--{name.replace('_', '-')} {value}: give 1 or more")
-        for name in ("keep_every_epochs", "knn_every_epochs", "knn_images", "seed"):
-            value = getattr(self, name)
-            _check(value >= 0, f"--{name.replace('_', '-')} {value}: give 0 or more")
+        _check_least(self, 1, "log_every save_every keep max_nonfinite")
+        _check_least(self, 0, "keep_every_epochs knn_every_epochs knn_images seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,7 +398,7 @@ IMAGES_A_PROTOTYPE = 8
 TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 
 
-def settle(config: Config, images: int, updates: int, width: int) -> tuple[Config, list[str]]:
+def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple[Config, list[str]]:
     """The config with a number for each `auto`, and a sentence on each with the reason.
 
     Official DINO's numbers are for 1.28 million images in batches of 512 and more. On a few thousand in small
@@ -425,11 +411,11 @@ def settle(config: Config, images: int, updates: int, width: int) -> tuple[Confi
         updates: of the whole run.
         width: of the tokens, or 384 for networks without.
     """
-    model, method, optim, said = config.model, config.method, config.optim, []
+    model, method, optim, sentences = config.model, config.method, config.optim, []
     if model.out_dim == "auto":
         k = 2 ** round(math.log2(max(1, images / IMAGES_A_PROTOTYPE)))
         k = min(max(k, 256), 65536)
-        said.append(f"--out-dim {k}: about one prototype for {IMAGES_A_PROTOTYPE} images, 256 to 65536")
+        sentences.append(f"--out-dim {k}: about one prototype for {IMAGES_A_PROTOTYPE} images, 256 to 65536")
         model = replace(model, out_dim=k)
     if method.momentum_teacher == "auto":
         # As many images as official DINO's teacher averages over: 0.996 at a batch of 1024.
@@ -437,25 +423,27 @@ def settle(config: Config, images: int, updates: int, width: int) -> tuple[Confi
         steps = max(min(whole, updates / 5), TEACHER_IMAGES / optim.batch_size, 2.0)
         momentum = 1 - float(f"{1 / steps:.2g}")
         why = "as official DINO's at a batch of 1024" if steps == whole else f"of {updates} in the run"
-        said.append(f"--momentum-teacher {momentum:g}: the teacher averages over {steps:.0f} updates, {why}")
+        sentences.append(
+            f"--momentum-teacher {momentum:g}: the teacher averages over {steps:.0f} updates, {why}"
+        )
         method = replace(method, momentum_teacher=momentum)
     if optim.lr == "auto":
         # Official DINO's 2e-3 for ViT-S at a batch of 1024, by the square root of the batch and by the width,
         # as Adam's step wants it (Malladi et al. 2022, arXiv:2205.10287; Yang et al. 2022, arXiv:2203.03466).
         peak = 2e-3 * math.sqrt(optim.batch_size / 1024) * 384 / width
         lr = float(f"{peak * 256 / optim.batch_size:.2g}")
-        said.append(
+        sentences.append(
             f"--lr {lr:g}, a peak of {lr * optim.batch_size / 256:.2g}: official DINO's for ViT-S at a batch "
             f"of 1024, by the root of the batch {optim.batch_size} and the inverse of the width {width}"
         )
         optim = replace(optim, lr=lr)
-    return replace(config, model=model, method=method, optim=optim), said
+    return replace(config, model=model, method=method, optim=optim), sentences
 
 
-def number(value: Number | Auto) -> Number:
+def resolved(value: Number | Auto) -> Number:
     """A number that is no longer `auto`."""
     if value == "auto":
-        raise ValueError("a number of the config is still auto: settle(config, ...) chooses it")
+        raise ValueError("a number of the config is still auto: resolve_auto(config, ...) chooses it")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdino.config import TEACHER_IMAGES, Config, number
+from fastdino.config import TEACHER_IMAGES, Config, resolved
 
 # The names of what `batch_diagnostics` returns, in its order. A new metric of an update is a name here and a
 # value there: the trainer, metrics.jsonl and TensorBoard take it from this list.
@@ -82,26 +82,26 @@ class Doctor:
     def before(self) -> list[str]:
         """What the configuration alone says will go wrong."""
         method, optim = self.config.method, self.config.optim
-        said = []
+        sentences = []
         if 1 < optim.epochs <= optim.freeze_last_layer:
-            said.append(
+            sentences.append(
                 f"the prototypes never learn: --freeze-last-layer {optim.freeze_last_layer} lasts all "
                 f"{optim.epochs} epochs; 1 is usual"
             )
-        momentum = number(method.momentum_teacher)
+        momentum = resolved(method.momentum_teacher)
         images = optim.batch_size / max(1e-9, 1 - momentum)
         if method.teacher_update == "momentum" and images < 0.9 * TEACHER_IMAGES:
             needed = 1 - optim.batch_size / TEACHER_IMAGES
             advice = f"raise --momentum-teacher to {needed:.4g} or more" if needed > 0 else "raise it"
-            said.append(
+            sentences.append(
                 f"the teacher averages over {images:.0f} images only (batch {optim.batch_size}, momentum "
                 f"{momentum:g}) and follows the noise of its batches: {advice}"
             )
-        return said
+        return sentences
 
     def examine(self, step: int, values: dict[str, Any], last_of_epoch: bool = False) -> list[str]:
         """What the values of a log line, and the lines before it, show."""
-        method, run, k = self.config.method, self.config.run, number(self.config.model.out_dim)
+        method, run, k = self.config.method, self.config.run, resolved(self.config.model.out_dim)
         entropy, used, logit, distance = (
             values.get(name, math.nan)  # a step whose loss is not finite has none
             for name in ("teacher_entropy", "prototypes_used", "logit_max", "teacher_distance")
@@ -143,12 +143,12 @@ class Doctor:
                 "bf16 or fp32, or lower --lr",
             ),
         ]
-        said = []
+        sentences = []
         for steps, (holds, sentence) in zip(self.since, signs, strict=True):
             if not holds:
                 steps.clear()
                 continue
             steps.append(step)
             if len(steps) == (1 if sentence.startswith("fp16") else self.PATIENCE):
-                said.append(sentence.format(since=steps[0]))
-        return said
+                sentences.append(sentence.format(since=steps[0]))
+        return sentences

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastdino import adapter, distributed, ops, optim
 from fastdino.backbones import build_backbone
-from fastdino.config import Config, number
+from fastdino.config import Config, resolved
 from fastdino.head import DINOHead
 from fastdino.loss import DINOLoss
 from fastdino.vit import VisionTransformer
@@ -53,7 +53,7 @@ class DINO(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model, method, crops = config.model, config.method, config.data.crops
-        out_dim = number(model.out_dim)
+        out_dim = resolved(model.out_dim)
 
         def network(drop_path_rate: float, norm_last_layer: bool) -> MultiCrop:
             backbone = build_backbone(model, crops.global_crops_size, drop_path_rate)

@@ -49,6 +49,7 @@ def lock(folder: Path, *, children: bool = False) -> ExitStack | None:
     A file system without locks locks nothing: then this succeeds.
 
     Args:
+        folder: it is there.
         children: the processes that this one forks hold the lock too, until the last of them has ended.
             Otherwise the folder gets a file .lock.
 
@@ -90,9 +91,11 @@ def belongs(folder: Path, marker: str, settings: Mapping[str, Any], what: str, c
     """Whether `folder` is the place of a job with these settings; False if it is new or empty.
 
     Args:
+        folder: it need not be there.
         marker: the file in it that holds the settings, as JSON.
-        what, content: the job and what it writes, as in "holds a pack of other settings" and "give a new
-            folder for the shards". A setting called fingerprint is one of images, whose value says nothing.
+        settings: what JSON can hold. A fingerprint is of the images: its value is not shown.
+        what: the job, as in "holds a pack of other settings".
+        content: what it writes, as in "give a new folder for the shards".
 
     Raises:
         FileExistsError: it is a file, or holds other files, hidden ones aside, or a job of other settings.
@@ -125,7 +128,11 @@ def claim(
     """Make `folder` the place of one job with these settings, new or continued, and lock it.
 
     Args:
-        marker, settings, what, content: see `belongs`.
+        folder: made if it is not there.
+        marker: see `belongs`, as of the next three.
+        settings: they are kept in `marker`.
+        what: the job.
+        content: what it writes.
         busy: said where another process has the lock.
         children: see `lock`.
 

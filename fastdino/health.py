@@ -84,7 +84,7 @@ class Health:
         self, config: Config, source: Source, update: Update, run: Run, monitor: Monitor, advice: str
     ) -> None:
         self.config, self.source, self.update, self.run, self.monitor = config, source, update, run, monitor
-        self.doctor = Doctor(config, distributed.ranks())
+        self.doctor = Doctor(config, distributed.world_size())
         self.notes = self.doctor.before()
         self.skipped: int = run.state.get("skipped", 0)
         unreadable = run.state.get("unreadable", {"run": [], "epoch": []})
@@ -112,7 +112,7 @@ class Health:
         self._report_unreadable(rows, feed)
         for row in rows:
             self._check_finite(row)
-        self.by_pillow += round(sum(row["by_pillow"] for row in rows) * distributed.ranks())
+        self.by_pillow += round(sum(row["by_pillow"] for row in rows) * distributed.world_size())
         self._windows += 1
         share = sum(row["waited"] for row in rows) / elapsed
         # The wait of the first window contains the start of the loader's processes.

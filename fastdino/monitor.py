@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fastdino.files import write_atomically
+from fastdino.files import write_atomically, write_text
 
 PLAIN_LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
 
@@ -54,7 +54,7 @@ class Monitor:
         self.console = Console(highlight=False, soft_wrap=True)
         path = out / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= start]
-        write_atomically(path, lambda beside: beside.write_text("".join(kept)))
+        write_text(path, "".join(kept))
         self.file = open(path, "a")  # noqa: SIM115  closed in __exit__
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -126,8 +126,8 @@ class Monitor:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > PLAIN_LINE_SECONDS or step == self.total):
             self.last_line = now
-            left = (self.total - step) * values["batch_size"] / max(values["images_per_s"], 1e-9)
-            minutes, seconds = divmod(round(left), 60)
+            seconds_left = (self.total - step) * values["batch_size"] / max(values["images_per_s"], 1e-9)
+            minutes, seconds = divmod(round(seconds_left), 60)
             self.say(
                 f"step {step}/{self.total} {learnt}, waiting for data {values['data_wait']:.0%}, "
                 f"{minutes}:{seconds:02d} left"
@@ -138,7 +138,7 @@ def _run_id(out: Path) -> str:
     """A W&B id that stays with the folder, so that a continued run continues its page."""
     path = out / "wandb_id"
     if not path.exists():
-        write_atomically(path, lambda beside: beside.write_text(os.urandom(8).hex()))
+        write_text(path, os.urandom(8).hex())
     return path.read_text()
 
 
@@ -194,5 +194,5 @@ def plot_curves(out: Path, uniform_loss: float) -> Path:
     draw(rate := next(axes), "images per second", images_per_s="images/s")
     rate.set_ylim(bottom=0)
     path = out / "curves.png"
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+    write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=110))
     return path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, OptimConfig, number
+from fastdino.config import Config, OptimConfig, resolved
 from fastdino.distributed import is_sharded, local, norms, sharded_like
 
 
@@ -50,7 +50,7 @@ def teacher_temperatures(first: float, final: float, warmup_epochs: int, epochs:
 
 def peak_lr(config: OptimConfig) -> float:
     """Learning rate after warm-up: `lr` is per 256 images."""
-    return number(config.lr) * config.batch_size / 256
+    return resolved(config.lr) * config.batch_size / 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Schedule:
                 "fewer than those"
             )
         self.keep_every = config.run.keep_every_epochs * steps_per_epoch
-        self.peak_lr, self.first_momentum = peak_lr(cfg), number(method.momentum_teacher)
+        self.peak_lr, self.first_momentum = peak_lr(cfg), resolved(method.momentum_teacher)
         self.lr_warmup = warmup_steps(cfg, steps_per_epoch)
         self.teacher_temps = teacher_temperatures(
             method.warmup_teacher_temp, method.teacher_temp, temperature_warmup_epochs(config), cfg.epochs

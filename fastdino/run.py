@@ -56,7 +56,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 def has_checkpoint(out: str | Path) -> bool:
     """Whether `out` holds a run that would be continued; the same on all ranks, which all call."""
-    return distributed.on_first(lambda: bool(checkpoint.checkpoints(Path(out))))
+    return distributed.on_rank_zero(lambda: bool(checkpoint.checkpoints(Path(out))))
 
 
 class Run:
@@ -100,7 +100,7 @@ class Run:
             def claim() -> None:
                 stack.enter_context(checkpoint.claim(self.out, self.config))
 
-            distributed.on_first(claim)
+            distributed.on_rank_zero(claim)
             self.signals = stack.enter_context(stop_signals())
             self._saver = stack.enter_context(
                 closing(checkpoint.Saver(self.out, self.config.run.keep, self.keep_every))
@@ -115,7 +115,7 @@ class Run:
         self._stack.__exit__(kind, error, trace)
 
     def _resume(self) -> None:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             self.step, info, damaged = checkpoint.load_newest(self.out, self.update.tensors())
             if self.step and info["images"] != self.images:
                 raise ValueError(
@@ -134,17 +134,17 @@ class Run:
             how = "is complete" if self.step == self.total_steps else "is continued"
             self.notes.append(f"{self.out} {how}: step {self.step} of {self.total_steps}")
         # There is a teacher from the start. It is behind its checkpoint after a crash between the two writes.
-        written = distributed.on_first(lambda: checkpoint.teacher_step(self.out))
+        written = distributed.on_rank_zero(lambda: checkpoint.teacher_step(self.out))
         if written != self.step or not self.step:
-            state = checkpoint.copied(self.update.dino.teacher)
-            distributed.on_first(
+            state = checkpoint.cpu_state_dict(self.update.dino.teacher)
+            distributed.on_rank_zero(
                 lambda: checkpoint.write_teacher(self.teacher, state, self.config, self.step)
             )
 
     @property
     def stops_alone(self) -> bool:
         """Whether this is the only process and it was asked to stop; several must agree first."""
-        return bool(self.signals) and distributed.ranks() == 1
+        return bool(self.signals) and distributed.world_size() == 1
 
     def save(self, step: int, state: dict[str, Any]) -> str:
         """Begin to write checkpoint `step` and its teacher, behind the training.
@@ -162,7 +162,7 @@ class Run:
             "precision": str(self.update.dtype),
             "scaler": self.update.scaler.state_dict(),
         }
-        teacher = checkpoint.copied(self.update.dino.teacher)
+        teacher = checkpoint.cpu_state_dict(self.update.dino.teacher)
         self._saver.save(
             step,
             self.update.tensors(),

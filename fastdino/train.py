@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastdino import data, distributed, ops
 from fastdino.backbones import build_backbone
-from fastdino.config import PRESETS, Config, number, settle, to_dict
+from fastdino.config import PRESETS, Config, resolve_auto, resolved, to_dict
 from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
 from fastdino.diagnostics import DIAGNOSTICS
@@ -53,19 +53,19 @@ def train(
     Raises:
         ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before the first
             update.
-        RunError: too many unreadable files or non-finite updates, or a disk without room for the checkpoint.
+        RunError: too many unreadable files or non-finite updates, or no room for the last checkpoint.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving. Several processes save at their next log line.
-        ElsewhereError: another process failed, and says why.
+        OtherRankFailed: another process failed, and says why.
     """
-    with distributed.joined(config.run.device, config.run.parallel) as device, ExitStack() as stack:
+    with distributed.process_group(config.run.device, config.run.parallel) as device, ExitStack() as stack:
         # What to train on, and the numbers that follow from it.
         images = open_images(config, device)
-        with distributed.together():
-            config, explanations = settle_for(config, len(images.source))
+        with distributed.raise_on_all_ranks():
+            config, explanations = resolve_auto_for(config, len(images.source))
             schedule = Schedule(config, images.steps_per_epoch)
         total = schedule.total_steps
 
-        # What trains. Entering `run` locks the folder and loads its checkpoint, if there is one, into `update`.
+        # What trains. Entering `run` locks the folder and loads its checkpoint, if any, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
         run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
         quiet = distributed.rank() > 0
@@ -138,7 +138,7 @@ def open_images(config: Config, device: torch.device) -> Images:
             within the images, or other images on another rank.
     """
     cfg, path = config.optim, config.data.data
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if not path:
             raise ValueError(
                 "--data is missing: give a folder of images, or a text file with one path a line"
@@ -150,13 +150,14 @@ def open_images(config: Config, device: torch.device) -> Images:
         if val is not None:
             check_classes(source, val)
         steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
-        data.share_of(cfg.batch_size, cfg.accumulate, distributed.ranks())  # raises where it does not divide
+        # Raises where the batch does not divide into pieces and ranks.
+        data.share_of(cfg.batch_size, cfg.accumulate, distributed.world_size())
         out = Path(config.run.out)
         if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"--out {out} lies in --data {path}, whose images it would join: move it")
         fingerprint = source.fingerprint()
-    warning = distributed.on_first(lambda: data.crop_size_warning(source, config.data.crops))
-    with distributed.together():
+    warning = distributed.on_rank_zero(lambda: data.crop_size_warning(source, config.data.crops))
+    with distributed.raise_on_all_ranks():
         if any(other != fingerprint for other in distributed.gather(fingerprint)):
             raise ValueError(f"the ranks see different images in {path}: give all the same ones")
     loader_kind, about_loader = data.choose_loader(config.data.loader, device)
@@ -164,12 +165,12 @@ def open_images(config: Config, device: torch.device) -> Images:
     return Images(source, val, steps_per_epoch, fingerprint, loader_kind, notes)
 
 
-def settle_for(config: Config, images: int) -> tuple[Config, list[str]]:
-    """`config.settle` for a run on N = `images` images; ValueError for an unknown network or a batch above N."""
+def resolve_auto_for(config: Config, images: int) -> tuple[Config, list[str]]:
+    """`config.resolve_auto` for a run on N = `images` images; ValueError: unknown network, batch above N."""
     with torch.device("meta"):
         backbone = build_backbone(config.model, config.data.crops.global_crops_size)
     updates = config.optim.epochs * data.steps_per_epoch(images, config.optim.batch_size)
-    return settle(config, images, updates, getattr(backbone, "embed_dim", 384))
+    return resolve_auto(config, images, updates, getattr(backbone, "embed_dim", 384))
 
 
 def make_loader(config: Config, images: Images, device: torch.device, start: int, total: int) -> data.Loader:
@@ -188,14 +189,14 @@ def make_loader(config: Config, images: Images, device: torch.device, start: int
         shuffle_buffer=config.data.shuffle_buffer,
         jpeg_scaling=config.data.jpeg_scaling,
         rank=distributed.rank(),
-        ranks=distributed.ranks(),
-        local_ranks=distributed.place().local_ranks,
+        ranks=distributed.world_size(),
+        local_ranks=distributed.launch().local_ranks,
     )
 
 
 def describe(update: Update, images: Images, loader: data.Loader) -> str:
     """The first line of a run: what runs on what, and how long."""
-    cfg, ranks, device = update.config.optim, distributed.ranks(), update.device
+    cfg, ranks, device = update.config.optim, distributed.world_size(), update.device
     left_out = len(images.source) - images.steps_per_epoch * cfg.batch_size
     wrapped = ranks > 1 or update.sharded or update.student is not update.dino.student
     crops_device = device if images.loader_kind == "dali" else "cpu"
@@ -303,7 +304,7 @@ def draw(update: Update, images: Images, run: Run, monitor: Monitor) -> None:
     backbone: Any = update.teacher_backbone()
     if distributed.rank() > 0:
         return
-    monitor.say(f"curves     {plot_curves(run.out, math.log(number(update.config.model.out_dim)))}")
+    monitor.say(f"curves     {plot_curves(run.out, math.log(resolved(update.config.model.out_dim)))}")
     examples = some_images(images.val or images.source, 8)
     if examples and hasattr(backbone, "get_last_selfattention"):
         policy, path = update.config.data.crops, run.out / "attention.png"
@@ -350,7 +351,7 @@ def some_images(source: Source, n: int) -> list[Image.Image]:
 
 def command(config: Config, **types: Any) -> None:
     """`train` as a command: what it raises becomes a line on stderr, said by one rank, and an exit code."""
-    rank, ranks = distributed.place()[:2]
+    rank, ranks = distributed.launch()[:2]
     name = "fastdino-train" + (f", rank {rank}" if ranks > 1 else "")
     try:
         train(config, **types)
@@ -358,7 +359,7 @@ def command(config: Config, **types: Any) -> None:
         if rank == 0:
             print(f"fastdino-train: {stopped}", file=sys.stderr)
         sys.exit(130 if stopped.signum == signal.SIGINT else REQUEUE)
-    except distributed.ElsewhereError:
+    except distributed.OtherRankFailed:
         sys.exit(1)  # that rank has said it
     except torch.OutOfMemoryError as error:
         sys.exit(f"{name}: out of memory: raise --accumulate, same result in less memory.\n{error}")

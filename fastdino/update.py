@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from fastdino import distributed, optim
+from fastdino import distributed, optim, parallel
 from fastdino.backbones import build_backbone
 from fastdino.config import Config
 from fastdino.data.crops import normalize
@@ -55,12 +55,13 @@ class Update:
 
     Args:
         config: the run: model, method, optim and crops; of `run` the seed, precision, compile, parallel,
-            attention and activation_checkpointing. No number of it may be `auto` (see `config.settle`).
+            attention and activation_checkpointing. No number of it may be `auto` (see `config.resolve_auto`).
         device: where everything lives.
         load_weights: begin with `config.model.init_from`, where that is given. A run that is continued from a
             checkpoint needs no file of weights.
 
     Attributes:
+        COLUMNS: names of the numbers in the row that an update returns.
         dino: the `DINO` with student, teacher and loss.
         student: what is called in the student's place: itself, or its DistributedDataParallel.
         optimizer: torch's fused AdamW or SGD, or LARS.
@@ -74,23 +75,25 @@ class Update:
         FileNotFoundError: no such file of weights.
     """
 
+    COLUMNS = COLUMNS
+
     def __init__(
         self, config: Config, device: torch.device | str = "cpu", *, load_weights: bool = True
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.dtype = choose_precision(config.run.precision, self.device)
         torch.manual_seed(config.run.seed)
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             self.dino = DINO(config)
             given = config.model.init_from if load_weights else ""
             self.notes = self.dino.load_weights(given) if given else []
             self.dino.to(self.device).train()
-        self.parallel = distributed.choose_parallel(config.run.parallel, self.dino.student.backbone)
+        self.parallel = parallel.choose_parallel(config.run.parallel, self.dino.student.backbone)
         partly = config.optim.head_warmup_steps > 0
-        self.student = distributed.parallelize(
+        self.student = parallel.parallelize(
             self.dino.student, config.run, self.device, self.dtype, partly=partly
         )
-        distributed.parallelize(self.dino.teacher, config.run, self.device, self.dtype, trained=False)
+        parallel.parallelize(self.dino.teacher, config.run, self.device, self.dtype, trained=False)
         self.optimizer = optim.make_optimizer(self.dino.student, config.optim)
         self.sharded = any(map(distributed.is_sharded, self.dino.teacher.parameters()))
         # Over shards an overflow on any rank is one on all.
@@ -163,7 +166,7 @@ class Update:
             views, tally = piece if isinstance(piece, Piece) else (piece, Tally())
             crops = [self.normalize(view) for view in views]
             last = i == n - 1
-            with distributed.communicating(self.student, gradients=last):
+            with parallel.gradient_sync(self.student, gradients=last):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     piece_loss, mean, diagnostics = self.forward(crops, settings, last and settings.logs)
                 loss += piece_loss.detach() / n
@@ -202,7 +205,9 @@ class Update:
     ) -> Callable[[], list[Tensor]]:
         numbers = [torch.full((), x, device=self.device) for x in tally]
         sizes = [1, len(tally), len(diagnostics), len(teacher_mean)]
-        wait = distributed.start_mean(torch.cat((torch.stack((loss, *numbers)), diagnostics, teacher_mean)))
+        wait = distributed.all_reduce_mean_async(
+            torch.cat((torch.stack((loss, *numbers)), diagnostics, teacher_mean))
+        )
         return lambda: list(wait().split(sizes))
 
     def clip(self, settings: StepSettings) -> Tensor:
@@ -243,5 +248,5 @@ class Update:
         if not self.sharded:
             return backbone.eval()
         copy = build_backbone(self.config.model, self.config.data.crops.global_crops_size)
-        copy.load_state_dict({n: distributed.whole(t) for n, t in backbone.state_dict().items()})
+        copy.load_state_dict({n: distributed.full_tensor(t) for n, t in backbone.state_dict().items()})
         return copy.to(self.device).eval()

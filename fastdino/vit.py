@@ -28,7 +28,7 @@ from fastdino.ops.packed_attention import (
 )
 
 
-class Kept(NamedTuple):
+class DropPathSubset(NamedTuple):
     """What stochastic depth leaves of one branch of one block: some samples of the packed sequence."""
 
     images: Tensor
@@ -47,7 +47,7 @@ class Kept(NamedTuple):
         return x.index_add(0, indices, wide.to(x.dtype))
 
 
-def draw_kept(images: int, rates: Sequence[float]) -> tuple[Tensor, list[int]]:
+def draw_drop_path(images: int, rates: Sequence[float]) -> tuple[Tensor, list[int]]:
     """Which of `images` samples each block keeps in its two branches, given its drop rate, from torch's CPU
     generator.
 
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         packed: Packing,
-        kept: tuple[Kept, Kept] | None = None,
+        kept: tuple[DropPathSubset, DropPathSubset] | None = None,
         class_only: bool = False,
     ) -> Tensor:
         """(T, D) -> (T, D), or with `class_only` the class tokens alone, (images, D): a fifth of the work."""
@@ -366,8 +366,8 @@ class VisionTransformer(nn.Module):
         rates = [block.drop_rate if self.training else 0.0 for block in blocks]
         kept = self._kept(runs, impl, rates, x.device) if any(rates) else [None] * len(blocks)
         outputs: list[Tensor] = []
-        for block, its in zip(blocks, kept, strict=True):
-            args = (x, packed, its, class_only and block is blocks[-1])
+        for block, subset in zip(blocks, kept, strict=True):
+            args = (x, packed, subset, class_only and block is blocks[-1])
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing within a block is drawn at random.
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
@@ -378,11 +378,11 @@ class VisionTransformer(nn.Module):
 
     def _kept(
         self, runs: Runs, impl: str, rates: Sequence[Any], device: torch.device
-    ) -> list[tuple[Kept, Kept] | None]:
+    ) -> list[tuple[DropPathSubset, DropPathSubset] | None]:
         """What each block of these drop rates keeps. Run by run, so that a pass per size draws the same."""
         samples, rows, counts, image, start = [], [], [], 0, 0
         for images, tokens in runs:
-            order, keep = draw_kept(images, rates)
+            order, keep = draw_drop_path(images, rates)
             # Tokens are counted on the device: the samples' numbers alone are copied, without waiting.
             if device.type == "cuda":
                 order = order.pin_memory()
@@ -392,13 +392,13 @@ class VisionTransformer(nn.Module):
             counts.append(keep)
             image, start = image + images, start + images * tokens
 
-        def branch(i: int, j: int) -> Kept:
-            left = tuple((keep[i], tokens) for keep, (_, tokens) in zip(counts, runs, strict=True))
-            its, theirs = (
+        def branch(i: int, j: int) -> DropPathSubset:
+            lengths = tuple((keep[i], tokens) for keep, (_, tokens) in zip(counts, runs, strict=True))
+            kept_images, kept_rows = (
                 torch.cat([x[i, j, : keep[i]].flatten() for x, keep in zip(xs, counts, strict=True)])
                 for xs in (samples, rows)
             )
-            return Kept(its, theirs, packing(left, impl, device), 1 / (1 - rates[i]))
+            return DropPathSubset(kept_images, kept_rows, packing(lengths, impl, device), 1 / (1 - rates[i]))
 
         return [(branch(i, 0), branch(i, 1)) if rate else None for i, rate in enumerate(rates)]
 

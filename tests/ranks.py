@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import filesystem
 
 from fastdino import checkpoint, data, distributed, train, vit
 from fastdino.data.feed import Feed
+from fastdino.sync_batch_norm import synchronize_batch_norm
 
 # Of the processes: this folder and the checkout.
 PYTHONPATH = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
@@ -48,7 +49,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, 
     """Run `jobs` in so many processes; the finished torchrun with its returncode, stdout and stderr."""
     process = start(jobs, folder, ranks, *options, **env)
     try:
-        out, error = process.communicate(timeout=300)
+        out, error = process.communicate(timeout=900)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
@@ -113,9 +114,9 @@ def prepare(job: dict[str, Any], rank: int) -> type[Feed]:
 def keep_draws(folder: Path, rank: int) -> None:
     """Write down what this rank draws: crops by (epoch, index), and orders of stochastic depth."""
     seen: list[Any] = []
-    kept, items = vit.draw_kept, data.Crops.__getitems__
+    kept, items = vit.draw_drop_path, data.Crops.__getitems__
 
-    def draw_kept(images: int, rates: Any) -> Any:
+    def draw_drop_path(images: int, rates: Any) -> Any:
         drawn = kept(images, rates)
         seen.append(drawn[0].flatten().tolist())
         return drawn
@@ -127,7 +128,7 @@ def keep_draws(folder: Path, rank: int) -> None:
     def write() -> None:
         (folder / f"draws_{rank}.json").write_text(json.dumps(seen))
 
-    vit.draw_kept, data.Crops.__getitems__ = draw_kept, getitems
+    vit.draw_drop_path, data.Crops.__getitems__ = draw_drop_path, getitems
     atexit.register(write)
 
 
@@ -139,7 +140,7 @@ def batch_norm(folder: Path) -> None:
     for shape in ((6, 5), (6, 3, 4, 2)):
         x, upstream = (torch.randn(shape, generator=generator) * 3 + 100 for _ in range(2))
         norm = torch.nn.BatchNorm1d(shape[1]) if len(shape) == 2 else torch.nn.BatchNorm2d(shape[1])
-        distributed._synchronize_batch_norm(norm, torch.device("cpu"))
+        synchronize_batch_norm(norm, torch.device("cpu"))
         mine = x.chunk(ranks)[rank].clone().requires_grad_()
         norm(mine).backward(upstream.chunk(ranks)[rank])
         parts = distributed.gather((norm(mine).detach(), mine.grad))
@@ -157,7 +158,7 @@ def batch_norm(folder: Path) -> None:
 
 def main() -> None:
     """All jobs of the file, one after the other, in one process group."""
-    with distributed.joined("cpu"):
+    with distributed.process_group("cpu"):
         run()
 
 
@@ -166,7 +167,7 @@ def run() -> None:
     sent: list[int] = []
     if "LOCAL_RANKS" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_RANKS"]
-    place = distributed.place()
+    place = distributed.launch()
     path = Path(sys.argv[1])
     for job in json.loads(path.read_text()):
         if job.pop("batch_norm", False):

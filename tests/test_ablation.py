@@ -125,7 +125,7 @@ def test_jobs_run_together_and_a_failing_one_stops_no_other(
 
 def test_a_job_that_is_told_to_stop_stops_all(tmp_path: Path) -> None:
     sleep = "import os, pathlib, time; print(os.getpid(), flush=True); pathlib.Path({!r}, 'a').touch()"
-    sleep = sleep.format(str(tmp_path)) + "; time.sleep(60)"
+    sleep = sleep.format(str(tmp_path)) + "; time.sleep(60); print('slept')"
     jobs = {
         "a": [python(sleep)],
         "b": [python(MEET.format(str(tmp_path), "b", "a") + "raise SystemExit(75)")],
@@ -147,7 +147,7 @@ def test_a_stopped_study_goes_on_and_is_kept(tmp_path: Path, monkeypatch: pytest
         assert process.stdout.readline() == "4 runs of 2 configurations; 1 at a time\n"
         assert re.match(r"1 of 4: base-seed0: trained, k-NN .* %; about ", process.stdout.readline())
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (130, "ablation: stopped; the same command goes on\n")
     before = json.loads((out / "ablation.json").read_text())
     assert [*before] == ["base-seed0"]

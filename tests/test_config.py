@@ -21,7 +21,7 @@ from fastdino.config import (
     OptimConfig,
     RunConfig,
     from_dict,
-    settle,
+    resolve_auto,
     to_dict,
 )
 from fastdino.dino import DINO
@@ -175,14 +175,14 @@ def test_numbers_left_open_follow_from_images_batch_and_length(images, batch, up
         method=MethodConfig(momentum_teacher="auto"),
         optim=OptimConfig(lr="auto", batch_size=batch),
     )
-    settled, said = settle(config, images, updates, width)
+    settled, said = resolve_auto(config, images, updates, width)
     found = leaves(settled)
     assert [found[name] for name in names] == pytest.approx(expected)
     assert leaves(config) | {name: found[name] for name in names} == found  # and nothing else
     for name, sentence in zip(names, said, strict=True):  # what to type for the same
         assert sentence.startswith(f"--{name.replace('_', '-')} {found[name]:g}")
     assert not (found["momentum_teacher"] < 1 - batch / 1800 and updates > 30)  # or the doctor would complain
-    assert settle(settled, images, updates, width) == (settled, [])
+    assert resolve_auto(settled, images, updates, width) == (settled, [])
 
 
 def test_a_number_left_open_is_not_computed_with():

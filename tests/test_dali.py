@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -465,6 +466,23 @@ def test_crops_that_are_not_pillow_s_end_the_run(folder, monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"differ from Pillow's by [0-9.]+ of 255 .*--loader torchvision"):
         load(folder)
+
+
+def test_an_iteration_that_fails_leaves_no_pipeline(folder, monkeypatch):
+    """A process that is forked with one would wait for ever for threads that it lacks."""
+    made, build = [], module.DaliLoader._build
+
+    def keep(self: module.DaliLoader) -> object:
+        pipeline = build(self)
+        made.append(weakref.ref(pipeline))
+        return pipeline
+
+    monkeypatch.setattr(module.DaliLoader, "_build", keep)
+    monkeypatch.setattr(module, "LARGEST_DIFFERENCE", -1.0)
+    with pytest.raises(RuntimeError, match="differ from Pillow's") as caught:
+        load(folder)
+    assert [pipeline() for pipeline in made] == [None]  # though `caught` still holds the loader's frames
+    assert caught.value
 
 
 # --- the choice, and training

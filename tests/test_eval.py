@@ -205,7 +205,7 @@ COMMANDS = """
 import json, sys
 from fastdino import distributed
 from fastdino.eval import COMMANDS
-with distributed.joined("cpu"):
+with distributed.process_group("cpu"):
     for name, flags in json.loads(sys.argv[1]):
         COMMANDS[name](device="cpu", workers=0, **flags).run()
 """

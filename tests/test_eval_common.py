@@ -52,7 +52,7 @@ def test_unreadable_files_are_named_and_the_view_may_be_another(run: Path):
 @pytest.mark.parametrize(("n", "ranks"), [(7, 3), (2, 4), (0, 2), (9, 1)])
 def test_shares_are_all_in_order(n, ranks, monkeypatch):
     found = []
-    monkeypatch.setattr(distributed, "ranks", lambda: ranks)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         found.append(rank_slice(n))

@@ -301,7 +301,7 @@ def test_ranks_share_each_batch(run: Path, how, monkeypatch):
         return list(its(1))
 
     whole = batches()
-    monkeypatch.setattr(distributed, "ranks", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -475,7 +475,7 @@ def test_ctrl_c_ends_it_at_once_with_its_workers(run: Path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will create"},
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline, workers = time.monotonic() + 120, [list[str]()]
+    deadline, workers = time.monotonic() + 300, [list[str]()]
     try:
         # the same two for eight looks: those of the held-out images come and go
         while len(set(map(tuple, workers[-8:]))) > 1 or len(workers) < 8 or len(workers[-1]) != 2:
@@ -483,7 +483,7 @@ def test_ctrl_c_ends_it_at_once_with_its_workers(run: Path):
             time.sleep(0.1)
             workers.append(children.read_text().split())
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate(timeout=300)
     finally:
         process.kill()
     assert (process.returncode, output, error) == (130, "", "fastdino-eval: stopped\n")

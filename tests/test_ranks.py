@@ -139,16 +139,20 @@ def test_several_ranks_do_what_one_does(
     for i, (name, flags) in enumerate(SEVERAL[ranks]):
         initial = start_of(make_config(images, tmp_path, **COMMON, **SINGLE[name]))
         found = differences(alone[name], tmp_path / f"{i}", initial)
-        # A gradient summed, not averaged, a rank's own centre, an update left out: 0.1 and more. AdamW
+        # In bf16 a gradient summed, not averaged, moves the student by 0.18 of its way, and a centre of each
+        # rank's own the centre by 0.09; what rounding leaves is up to 0.022 (FSDP2 gathers bf16 norms). AdamW
         # enlarges what rounding leaves of gradients that are 0; it decides a ReLU that stands near 0.
-        rough = {"adamw": 1e-2, "resnet": 2e-2, "fp16": 2e-2, "overflow": 2e-2, "bf16": 0.15}
+        rough = {"adamw": 1e-2, "resnet": 2e-2, "fp16": 2e-2, "overflow": 2e-2, "bf16": 0.05}
         allowed = rough.get(name, 1e-4)
         assert max(found.values()) < allowed, (name, flags, found)
         one, several = read_metrics(alone[name]), read_metrics(tmp_path / f"{i}")
         assert [m["step"] for m in several] == list(range(1, STEPS + 1))
         for key in ("loss", "grad_norm", "knn_20"):
-            mine, theirs = ([m[key] for m in metrics if m.get(key) is not None] for metrics in (several, one))
-            assert mine == pytest.approx(theirs, rel=allowed), (name, flags, key)
+            found_values, expected_values = (
+                [m[key] for m in metrics if m.get(key) is not None] for metrics in (several, one)
+            )
+            # the norm of the gradients, of the last update alone, is rounded twice as far as the weights
+            assert found_values == pytest.approx(expected_values, rel=2 * allowed), (name, flags, key)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +292,7 @@ def test_torchrun_told_to_stop_has_all_ranks_save(images: Path, tmp_path: Path) 
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -319,7 +323,7 @@ def test_sruns_tasks_find_one_another(images: Path, tmp_path: Path) -> None:
         )
         for task in (0, 1)
     ]
-    said = [task.communicate(timeout=120)[0] for task in tasks]
+    said = [task.communicate(timeout=300)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0]
     assert said[0].startswith("2 ranks, ddp")
     assert said[1] == ""
@@ -330,7 +334,7 @@ def test_a_failing_rank_ends_all_with_its_error(images: Path, tmp_path: Path) ->
     began = time.monotonic()
     job = {"images": images, "out": tmp_path / "run", **INTERRUPTED, "raise": {"rank": 1, "step": 3}}
     failed = launch([job], tmp_path, 2)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 240  # the others do not wait for it until gloo's timeout, 30 minutes
     assert failed.returncode != 0
     assert "something broke here" in failed.stderr
     assert list(checkpoint.checkpoints(tmp_path / "run")) == [2]

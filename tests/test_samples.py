@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import samples
+from fastdino.data import samples, tool
 from fastdino.data.samples import CLASSES, SIZE, draw_sample, render_samples
 
 
@@ -231,14 +232,18 @@ def test_the_command_says_what_it_did(
 ) -> None:
     out = tmp_path / "out"
 
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr("sys.argv", ["samples", str(out), *arguments])
-        samples.main()
+    def run(*arguments: str) -> int | str | None:
+        monkeypatch.setattr("sys.argv", ["fastdino-data", "samples", str(out), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            tool.main()
+        return caught.value.code
 
-    run("--train", "8", "--val", "8", "--seed", "2")
-    assert capsys.readouterr().out == f"{out}: 8 + 8 sample images rendered\n"
-    run("--train", "8", "--val", "8", "--seed", "2")
-    assert capsys.readouterr().out == f"{out}: 8 + 8 sample images are there already: kept\n"
-    with pytest.raises(SystemExit):
-        run("--train", "16", "--val", "8", "--seed", "2")
-    assert "train 8 not 16" in capsys.readouterr().err
+    handler = signal.getsignal(signal.SIGTERM)  # the command sets another, as if it were a process of its own
+    try:
+        assert run("--train", "8", "--val", "8", "--seed", "2") == 0
+        assert capsys.readouterr().out == f"{out}: 8 + 8 sample images rendered\n"
+        assert run("--train", "8", "--val", "8", "--seed", "2") == 0
+        assert capsys.readouterr().out == f"{out}: 8 + 8 sample images are there already: kept\n"
+        assert "train 8 not 16" in str(run("--train", "16", "--val", "8", "--seed", "2"))
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 
 from fastdino import vit
 from fastdino.config import RunConfig
-from fastdino.distributed import parallelize
 from fastdino.ops.packed_attention import packing
+from fastdino.parallel import parallelize
 from fastdino.vit import (
     VisionTransformer,
     vit_base,
@@ -462,7 +462,7 @@ def second_block(model: VisionTransformer, images: Tensor | list[Tensor]) -> tup
 def test_a_kept_branch_is_scaled_without_a_bias_and_the_rest_is_left(dtype: torch.dtype) -> None:
     x, branch = torch.zeros(20_000, 6, dtype=dtype), torch.rand(18_000, 6).to(dtype) + 1
     rows = torch.randperm(20_000)[:18_000]
-    kept = vit.Kept(rows, rows, packing(((1, 1),), "sdpa", CPU), 1 / 0.9)
+    kept = vit.DropPathSubset(rows, rows, packing(((1, 1),), "sdpa", CPU), 1 / 0.9)
     out = kept.add(x, rows, branch)
     assert out.dtype == dtype
     assert not x.any()
@@ -497,7 +497,7 @@ def test_each_branch_of_each_sample_is_dropped_on_its_own() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.03, 0.3, 0.85])
 def test_every_sample_is_kept_as_often_as_it_should(images: int, rate: float) -> None:
     n = 20_000
-    order, counts = vit.draw_kept(images, [rate] * n)
+    order, counts = vit.draw_drop_path(images, [rate] * n)
     assert order.shape == (n, 2, images)
     assert torch.equal(order.sort(-1).values, torch.arange(images).expand_as(order))
     exact = (1 - rate) * images
@@ -512,19 +512,19 @@ def test_every_sample_is_kept_as_often_as_it_should(images: int, rate: float) ->
     if images > 1:  # the two branches and two blocks draw apart, given how many
         same = (order[:, 0] == order[:, 1]).double().mean() * images
         next_same = (order[1:, 0] == order[:-1, 0]).double().mean() * images
-        assert abs(same - 1) < 0.2
-        assert abs(next_same - 1) < 0.2
+        assert abs(same - 1) <= 5 / math.sqrt(n)  # the number of matches in one draw varies by 1 about 1
+        assert abs(next_same - 1) <= 5 / math.sqrt(n)
 
 
 def test_draws_follow_the_rates_and_the_seed() -> None:
     rates = [0.0, 0.25, 0.5]
     torch.manual_seed(3)
-    order, counts = vit.draw_kept(8, rates)
+    order, counts = vit.draw_drop_path(8, rates)
     assert counts == [8, 6, 4]
     torch.manual_seed(3)
-    again, _ = vit.draw_kept(8, rates)
+    again, _ = vit.draw_drop_path(8, rates)
     assert torch.equal(order, again)
-    assert not torch.equal(order, vit.draw_kept(8, rates)[0])
+    assert not torch.equal(order, vit.draw_drop_path(8, rates)[0])
 
 
 @pytest.mark.parametrize("branch", ["attn.proj", "mlp.fc2"])
@@ -941,12 +941,12 @@ def test_a_compiled_run_makes_no_graph_after_its_second_step(
 
     # While graphs are made, as many of one size as of the other, and all kept, as chance may have it: that
     # must not become a rule of the graphs.
-    draw = vit.draw_kept
-    monkeypatch.setattr(vit, "draw_kept", lambda n, rates: (draw(n, rates)[0], [n] * len(rates)))
+    draw = vit.draw_drop_path
+    monkeypatch.setattr(vit, "draw_drop_path", lambda n, rates: (draw(n, rates)[0], [n] * len(rates)))
     made = []
     for step in range(12):
         if step == 2:
-            monkeypatch.setattr(vit, "draw_kept", draw)
+            monkeypatch.setattr(vit, "draw_drop_path", draw)
         crops = [torch.randn(8, 3, 16, 16), torch.randn(8 if step < 2 else 12, 3, 8, 8)]
         got = []
         for model, its_teacher in ((student, teacher), (fast_student, fast_teacher)):

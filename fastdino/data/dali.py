@@ -161,33 +161,39 @@ class DaliLoader(Loader):
             decoding: EncodedBatch | None = None
             made: tuple[Batch, Any] | None = None
             checked = False
-            for piece in chain(arriving, (None, None)):
-                images: list[Tensor] = []
-                if decoding is not None and not all(decoding.decoded):
-                    try:
-                        (outputs,) = pipeline.share_outputs(cuda_stream=self.stream)
-                        with torch.cuda.stream(self.stream):  # else the trainer's would wait for the decoder
-                            images = [torch.from_dlpack(image) for image in outputs]
-                    except (RuntimeError, IndexError):  # one file that DALI cannot read ends a pipeline
-                        pipeline, decoding = None, self._by_pillow(decoding)
-                if piece is not None:
-                    # built once the workers are started, who are to share no threads
-                    pipeline = pipeline or self._build()
-                    files = [piece.of(i).numpy() for i, done in enumerate(piece.decoded) if not done]
-                    if files:
-                        pipeline.feed_input("files", files)
-                        pipeline.schedule_run()
-                before, made = made, None
-                if decoding is not None:
-                    with torch.cuda.stream(self.stream):  # nothing where there is none
-                        batch = self._crop(decoding, images)
-                        if not checked:
-                            self._check(decoding, batch.views)
-                            checked = True
-                    made = batch, self.stream.record_event() if self.stream is not None else None
-                decoding = piece
-                if before is not None:
-                    yield self._give(*before)
+            try:
+                for piece in chain(arriving, (None, None)):
+                    images: list[Tensor] = []
+                    if decoding is not None and not all(decoding.decoded):
+                        try:
+                            (outputs,) = pipeline.share_outputs(cuda_stream=self.stream)
+                            # not in the trainer's stream, which would wait for the decoder
+                            with torch.cuda.stream(self.stream):
+                                images = [torch.from_dlpack(image) for image in outputs]
+                        except (RuntimeError, IndexError):  # one file that DALI cannot read ends a pipeline
+                            pipeline, decoding = None, self._by_pillow(decoding)
+                    if piece is not None:
+                        # built once the workers are started, who are to share no threads
+                        pipeline = pipeline or self._build()
+                        files = [piece.of(i).numpy() for i, done in enumerate(piece.decoded) if not done]
+                        if files:
+                            pipeline.feed_input("files", files)
+                            pipeline.schedule_run()
+                    before, made = made, None
+                    if decoding is not None:
+                        with torch.cuda.stream(self.stream):  # nothing where there is none
+                            batch = self._crop(decoding, images)
+                            if not checked:
+                                self._check(decoding, batch.views)
+                                checked = True
+                        made = batch, self.stream.record_event() if self.stream is not None else None
+                    decoding = piece
+                    if before is not None:
+                        yield self._give(*before)
+            finally:
+                # ends its threads now, not when a traceback that holds this frame is dropped: in a process
+                # forked in between, its destructor would wait for them for ever
+                pipeline = outputs = None
 
     def _by_pillow(self, piece: EncodedBatch) -> EncodedBatch:
         loaded = self._loader.dataset.__getitems__(piece.items, by_pillow=True)  # type: ignore[attr-defined]

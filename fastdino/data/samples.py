@@ -3,26 +3,24 @@
 Each class is one shape with one texture. All share the same two tones, the clutter and the kind of light,
 while place, size, rotation and light vary from image to image: raw pixels say little about the class, and
 what the crops of an image have in common, and not with every other image, is the object.
-
-    python -m fastdino.data.samples OUT
-
-writes the images OUT/train/CLASS/NNNN.jpg and OUT/val/CLASS/NNNN.jpg, and the masks of the objects,
-OUT/masks/train/CLASS/NNNN.png and OUT/masks/val/CLASS/NNNN.png.
 """
 
-import argparse
 import json
 import math
 import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from PIL import Image
+
+from fastdino import cli, files
 
 Array = NDArray[Any]
 
@@ -41,97 +39,38 @@ FADE = 0.7  # the light grows or falls by up to half of this from the middle to 
 EXPOSURE = (0.6, 1.4)
 
 
-# A shape takes coordinates about its middle, in radii, and returns what lies inside.
-
-
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) < 0.92
-
-
-def _square(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) < 0.8
-
-
-def _star(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) < 0.68 + 0.32 * np.cos(5 * np.arctan2(y, x))
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.68) < 0.32
-
-
-def _cross(x: Array, y: Array) -> Array:
-    x, y = np.abs(x), np.abs(y)
-    return (np.minimum(x, y) < 0.4) & (np.maximum(x, y) < 1)
-
-
-def _triangle(x: Array, y: Array) -> Array:
-    return (y < 0.8) & (y > 1.8 * np.abs(x) - 1)
-
-
-def _crescent(x: Array, y: Array) -> Array:
-    return (np.hypot(x, y) < 1) & (np.hypot(x - 0.55, y) > 0.65)
-
-
-def _gear(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) < 0.82 + 0.18 * np.sign(np.cos(8 * np.arctan2(y, x)))
-
-
-# A texture takes coordinates in sides of the image and two phases in 0 to 1, and returns what is light.
-
-
 def _bands(x: Array, period: float, phase: float) -> Array:
-    return np.floor(2 * (x / period + phase)) % 2 == 0
+    """What is light of bands with a period in 48ths of the image's side."""
+    return np.floor(2 * (x / (period / 48) + phase)) % 2 == 0
 
 
-def _fine_stripes(x: Array, y: Array, p: float, q: float) -> Array:
-    return _bands(x, 4 / 48, p)
-
-
-def _broad_stripes(x: Array, y: Array, p: float, q: float) -> Array:
-    return _bands(x, 9 / 48, p)
-
-
-def _fine_checks(x: Array, y: Array, p: float, q: float) -> Array:
-    return _bands(x, 5 / 48, p) ^ _bands(y, 5 / 48, q)
-
-
-def _broad_checks(x: Array, y: Array, p: float, q: float) -> Array:
-    return _bands(x, 8 / 48, p) ^ _bands(y, 8 / 48, q)
-
-
-def _circles(x: Array, y: Array, p: float, q: float) -> Array:
-    return _bands(np.hypot(x, y), 6 / 48, p)
-
-
-def _dots(x: Array, y: Array, p: float, q: float) -> Array:
-    return np.hypot((x * 8 + p) % 1 - 0.5, (y * 8 + q) % 1 - 0.5) < 0.32
-
-
-def _light(x: Array, y: Array, p: float, q: float) -> Array:
-    return np.ones_like(x, bool)
-
-
-def _dark(x: Array, y: Array, p: float, q: float) -> Array:
-    return np.zeros_like(x, bool)
-
-
+# Takes coordinates about the middle, in radii, and returns what lies inside.
 Shape = Callable[[Array, Array], Array]
-Texture = Callable[[Array, Array, float, float], Array]
-OBJECTS: dict[str, tuple[Shape, Texture]] = {
-    "crescent": (_crescent, _dark),
-    "cross": (_cross, _fine_checks),
-    "disc": (_disc, _fine_stripes),
-    "gear": (_gear, _dots),
-    "ring": (_ring, _circles),
-    "square": (_square, _broad_checks),
-    "star": (_star, _light),
-    "triangle": (_triangle, _broad_stripes),
+SHAPES: dict[str, Shape] = {
+    "crescent": lambda x, y: (np.hypot(x, y) < 1) & (np.hypot(x - 0.55, y) > 0.65),
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.4) & (np.maximum(abs(x), abs(y)) < 1),
+    "disc": lambda x, y: np.hypot(x, y) < 0.92,
+    "gear": lambda x, y: np.hypot(x, y) < 0.82 + 0.18 * np.sign(np.cos(8 * np.arctan2(y, x))),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) < 0.32,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.8,
+    "star": lambda x, y: np.hypot(x, y) < 0.68 + 0.32 * np.cos(5 * np.arctan2(y, x)),
+    "triangle": lambda x, y: (y < 0.8) & (y > 1.8 * np.abs(x) - 1),
 }
-CLASSES = tuple(OBJECTS)
-GROUND = np.array((LIGHT, DARK), np.float32).mean(
-    axis=0
-)  # striped or not, an object is as bright as the ground
+# Takes coordinates in sides of the image and two phases in 0 to 1, and returns what is light.
+Texture = Callable[[Array, Array, float, float], Array]
+TEXTURES: dict[str, Texture] = {
+    "crescent": lambda x, y, p, q: np.zeros_like(x, bool),
+    "cross": lambda x, y, p, q: _bands(x, 5, p) ^ _bands(y, 5, q),
+    "disc": lambda x, y, p, q: _bands(x, 4, p),
+    "gear": lambda x, y, p, q: np.hypot((x * 8 + p) % 1 - 0.5, (y * 8 + q) % 1 - 0.5) < 0.32,
+    "ring": lambda x, y, p, q: _bands(np.hypot(x, y), 6, p),
+    "square": lambda x, y, p, q: _bands(x, 8, p) ^ _bands(y, 8, q),
+    "star": lambda x, y, p, q: np.ones_like(x, bool),
+    "triangle": lambda x, y, p, q: _bands(x, 9, p),
+}
+CLASSES = tuple(SHAPES)
+# striped or not, an object is as bright as the ground
+GROUND = np.array((LIGHT, DARK), np.float32).mean(axis=0)
 
 
 def draw_sample(seed: int, split: str, index: int, size: int = SIZE) -> tuple[Image.Image, Image.Image, int]:
@@ -142,7 +81,7 @@ def draw_sample(seed: int, split: str, index: int, size: int = SIZE) -> tuple[Im
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     label = index % len(CLASSES)
-    shape, texture = OBJECTS[CLASSES[label]]
+    shape, texture = SHAPES[CLASSES[label]], TEXTURES[CLASSES[label]]
     ground = np.full((size, size, 3), GROUND, np.float32)
     for cell, deviation in GRAIN:
         cells = -(-size // cell)
@@ -166,10 +105,10 @@ def draw_sample(seed: int, split: str, index: int, size: int = SIZE) -> tuple[Im
     inside = shape(x / radius, y / radius)
     light = texture(x + bend[0], y + bend[1], *rng.uniform(0, 1, 2))
 
-    def share(where: Array) -> Array:
+    def average(where: Array) -> Array:
         return where.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3), dtype=np.float32)
 
-    lit, unlit = (share(inside & tone)[..., None] for tone in (light, ~light))
+    lit, unlit = (average(inside & tone)[..., None] for tone in (light, ~light))
     image = (
         ground * (1 - lit - unlit) + lit * np.array(LIGHT, np.float32) + unlit * np.array(DARK, np.float32)
     )
@@ -199,28 +138,14 @@ def _write(folder: Path, seed: int, split: str, index: int, size: int) -> None:
 
 def _holds(out: Path, settings: dict[str, int]) -> bool:
     """Whether `out` holds exactly these samples. Raises FileExistsError if it holds anything else."""
-    if not out.exists():
+    if not files.belongs(out, MARKER, settings, "sample images", "the sample images"):
         return False
-    if not out.is_dir():
-        raise FileExistsError(f"{out} is a file: give a new folder for the sample images")
-    if not any(out.iterdir()):
-        return False
-    marker = out / MARKER
-    if not marker.is_file():
-        raise FileExistsError(f"{out} holds other files: give a new or empty folder for the sample images")
-    there = json.loads(marker.read_text())
-    if there != settings:
-        changed = ", ".join(f"{k} {there.get(k)} not {v}" for k, v in settings.items() if there.get(k) != v)
-        raise FileExistsError(
-            f"{out} holds sample images of other settings ({changed}): give another folder or delete it"
-        )
     for split in SPLITS:
-        for index in range(settings[split]):
-            for name in _names(split, index):
-                if not (out / name).is_file():
-                    raise FileExistsError(
-                        f"{out} has lost {name}: delete {out} to render the sample images again"
-                    )
+        for name in (name for index in range(settings[split]) for name in _names(split, index)):
+            if not (out / name).is_file():
+                raise FileExistsError(
+                    f"{out} has lost {name}: delete {out} to render the sample images again"
+                )
     return True
 
 
@@ -262,25 +187,25 @@ def render_samples(out: Path, *, seed: int = 0, train: int = 4000, val: int = 80
     return True
 
 
-def main() -> None:
-    """`python -m fastdino.data.samples OUT`"""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastdino.data.samples", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("out", type=Path, help="new folder for the images")
-    parser.add_argument("--train", type=int, default=4000, help="images in OUT/train (default %(default)s)")
-    parser.add_argument("--val", type=int, default=800, help="images in OUT/val (default %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed gives other images (default %(default)s)"
-    )
-    args = parser.parse_args()
-    try:
-        new = render_samples(args.out, seed=args.seed, train=args.train, val=args.val)
-    except (ValueError, FileExistsError) as error:
-        parser.error(str(error))
-    done = "rendered" if new else "are there already: kept"
-    print(f"{args.out}: {args.train} + {args.val} sample images {done}")
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Render sample images to start with: eight objects on clutter, with their labels and masks.
 
+    OUT gets the images train/CLASS/NNNN.jpg and val/CLASS/NNNN.jpg, and the masks of the objects,
+    masks/train/CLASS/NNNN.png and masks/val/CLASS/NNNN.png.
+    """
 
-if __name__ == "__main__":
-    main()
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """New folder for the images."""
+    train: int = 4000
+    """Images in OUT/train."""
+    val: int = 800
+    """Images in OUT/val."""
+    seed: int = 0
+    """Another seed gives other images."""
+
+    def run(self) -> None:
+        """Render them, or say that they are there."""
+        new = render_samples(self.out, seed=self.seed, train=self.train, val=self.val)
+        done = "rendered" if new else "are there already: kept"
+        cli.say(f"{self.out}: {self.train} + {self.val} sample images {done}")

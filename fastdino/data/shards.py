@@ -314,8 +314,8 @@ def save_index(path: Path, size: int, found: Index, left_out: list[tuple[str, st
         "left_out": left_out,
     }
 
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file:  # np.savez gives a path another name
+    def write(tmp: Path) -> None:
+        with open(tmp, "wb") as file:  # np.savez gives a path another name
             np.savez(
                 file,
                 about=np.frombuffer(json.dumps(about).encode(), np.uint8),

@@ -61,8 +61,8 @@ class Source:
     def load(self, i: int, enough: int = 0) -> Image.Image:
         """Image i as 8-bit RGB, upright: `decode_image` of `read`; raises Unreadable.
 
-        enough: a JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and all of its size that leaves so many
-        pixels; 0: at its size.
+        enough: a JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and all of its size that leaves
+        `enough` pixels; 0: at its size.
         """
         return load(lambda: self._stream(i), lambda: self.path(i), enough)
 
@@ -74,8 +74,8 @@ class Source:
     def order(self, seed: int, epoch: int, buffer: int = 0) -> Tensor:
         """The images of an epoch in their order, int64 (n,): a permutation that follows from (seed, epoch).
 
-        buffer: shards are read one after the other, and images mixed within about so many; 0, or as many as
-        there are images, mixes all of them. Files that lie on their own are always mixed so.
+        buffer: shards are read one after the other, and images are mixed within about `buffer` of them;
+        0, or the number of images, mixes all. Files that lie on their own are always mixed so.
         """
         return epoch_order(len(self), seed, epoch)
 

@@ -1,116 +1,41 @@
-"""`fastdino-data pack` writes images into tar shards, `fastdino-data check` says what a set of them holds."""
+"""`fastdino-data`: pack images into tar shards, check what a set of them holds, render sample images."""
 
-import collections
-import contextlib
-import errno
-import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import tarfile
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from PIL import Image
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastdino import cli, files
 from fastdino.data import cores, open_source, shards
-from fastdino.data.images import EXTENSIONS, FORMATS, Unreadable, decode_image
+from fastdino.data.images import EXTENSIONS, Unreadable, decode_image, opened
+from fastdino.data.machine import map_in_processes, raise_if_stopped
+from fastdino.data.samples import Samples
 from fastdino.data.sources import Source
-from fastdino.files import printable, write_atomically
+from fastdino.files import printable
 
 MARKER = "pack.json"  # says what a folder of shards was packed from
 LEFT_OUT = "left_out.txt"  # the files that could not be read
 SMALL = 96  # pixels: as many as the side of DINO's local crops
-_SHOWN = 20  # names a list shows before it says how many more there are
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHOWN = 20  # lines that a list shows before it says how many more there are
 
-
-# What a process of the pool works on, and whether it is to end; set as it starts.
-_task: Callable[[Any], Any]
-_stop: Any
-
-
-class _Stopped(Exception):
-    pass
-
-
-def _start(task: Callable[[Any], Any], stop: Any) -> None:
-    global _task, _stop
-    _task, _stop = task, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process tells the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")
-    threading.Thread(target=_outlive, args=(os.getppid(),), daemon=True).start()
-
-
-def _outlive(parent: int) -> None:
-    """End with the first process, however that was killed."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _do(job: Any) -> Any:
-    return _task(job)
-
-
-def _go_on() -> None:
-    if _stop.is_set():
-        raise _Stopped
-
-
-def _spread(
-    task: Callable[[Any], Any],
-    jobs: Iterable[Any],
-    workers: int,
-    done: Callable[[Any], None],
-    tick: Callable[[], None],
-) -> None:
-    """Have processes do all `jobs`, and call done(task(job)) here as each is finished.
-
-    task: calls `_go_on` at each image. tick: called a few times a second. What a process raises, or Ctrl-C,
-    stops the others and is raised here.
-    """
-    jobs = iter(jobs)
-    running: set[Future[Any]] = set()
-    context = multiprocessing.get_context()
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start, (task, stop)) as pool:
-        try:
-            while True:
-                for job in itertools.islice(jobs, 2 * workers - len(running)):
-                    running.add(pool.submit(_do, job))
-                if not running:
-                    return
-                finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done(future.result())
-                tick()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+Failed = list[tuple[str, str]]  # path and reason of files that cannot be read
 
 
 def _processes(workers: int) -> int:
@@ -119,23 +44,10 @@ def _processes(workers: int) -> int:
     return workers if workers > 0 else cores()
 
 
-def _progress(console: Console) -> Progress:
-    """A bar without a thread of its own, which would be copied into the processes."""
-    columns = (BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
-    return Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
-    )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _list(console: Console, title: str, lines: list[str]) -> None:
-    if not lines:
-        return
-    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    _say(console, "\n  ".join([title, *lines[:_SHOWN], *more]))
+def _say_list(title: str, lines: list[str]) -> None:
+    if lines:
+        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        cli.say("\n  ".join([title, *lines[:SHOWN], *more]))
 
 
 # --- pack
@@ -150,7 +62,7 @@ class Pack:
     stopped goes on where it was when the same command is given again.
     """
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Data
     """The images: a folder, a text file of paths, or shards, as for fastdino-train."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """New or empty folder for the shards."""
@@ -169,66 +81,37 @@ class Pack:
             raise ValueError(f"--images-per-shard {self.images_per_shard}: give 1 or more")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: give 0 or more")
-        workers = _processes(self.workers)
-        console, out = Console(), Path(self.out)
+        workers, out = _processes(self.workers), Path(self.out)
         source = open_source(self.data)
-        for note in source.notes:
-            _say(console, note)
-        n = len(source)
-        order = source.order(self.seed, 0).numpy() if self.shuffle else np.arange(n)
-        paths = [out / f"{number:06d}.tar" for number in range(-(-n // self.images_per_shard))]
+        cli.say(*source.notes)
+        paths = [out / f"{number:06d}.tar" for number in range(-(-len(source) // self.images_per_shard))]
+        claim = functools.partial(files.claim, out, MARKER, self._settings(source), "a pack", "the shards")
         try:
-            with _claimed(out, self._plan(source)):
-                images, left_out, kept = self._write(source, order, paths, workers, console)
+            # locked until all processes that write have ended
+            with claim(busy="another pack is writing there", children=True):
+                _delete_half_written(out)
+                try:
+                    images, left_out, kept = self._write(source, paths, workers)
+                finally:
+                    _delete_half_written(out)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in (ENOSPC, EDQUOT, EFBIG):
                 raise
-            whole = sum(path.exists() for path in paths)
             raise OSError(
-                f"{out}: the disk is full ({error.strerror}): {whole} of {len(paths)} shards are written; "
-                "free some space and give the same command again, or give another folder"
+                f"{out}: the disk is full ({error.strerror}): {sum(path.exists() for path in paths)} of "
+                f"{len(paths)} shards are written; free some space and give the same command again, or give "
+                "another folder"
             ) from None
-        _list(console, f"left out, {len(left_out)} of {n} files (all in {out / LEFT_OUT}):", left_out)
+        _say_list(
+            f"left out, {len(left_out)} of {len(source)} files (all in {out / LEFT_OUT}):",
+            [f"{path}: {reason}" for path, reason in left_out],
+        )
         size = sum(path.stat().st_size for path in paths)
         were = f", {kept} of which were there already" if kept else ""
-        _say(console, f"{out}: {images} images in {len(paths)} shards{were}, {decimal(size)}")
+        cli.say(f"{out}: {images} images in {len(paths)} shards{were}, {decimal(size)}")
         return 0 if images else 1
 
-    def _write(
-        self, source: Source, order: np.ndarray, paths: list[Path], workers: int, console: Console
-    ) -> tuple[int, list[str], int]:
-        """Write what is not there. Returns the images, what was left out, and shards that were there."""
-        out = Path(self.out)
-        names = "".join(f"{name}\n" for name in source.classes).encode("utf-8", "surrogateescape")
-        write_atomically(out / shards.CLASSES, lambda beside: beside.write_bytes(names))
-        images = 0
-        left_out: list[tuple[str, str]] = []
-        missing = []
-        for number, path in enumerate(paths):
-            if there := shards.load_index(str(path)):
-                images += len(there[0].records)
-                left_out += there[1]
-            else:
-                missing.append(number)
-
-        def add(result: tuple[int, list[tuple[str, str]]]) -> None:
-            nonlocal images
-            images += result[0]
-            left_out.extend(result[1])
-
-        done = multiprocessing.get_context().Value("q", images + len(left_out))
-        task = functools.partial(_pack_shard, source, order, self.images_per_shard, out, done)
-        with _progress(console) as progress:
-            bar = progress.add_task("", total=len(source))
-            tick = functools.partial(progress.update, bar, refresh=True)
-            _spread(task, missing, min(workers, len(missing) or 1), add, lambda: tick(completed=done.value))
-        lines = [f"{path}: {reason}" for path, reason in sorted(left_out)]
-        if lines:
-            text = "".join(f"{line}\n" for line in lines)
-            write_atomically(out / LEFT_OUT, lambda beside: beside.write_text(text))
-        return images, lines, len(paths) - len(missing)
-
-    def _plan(self, source: Source) -> dict[str, Any]:
+    def _settings(self, source: Source) -> dict[str, Any]:
         """What must be the same for a pack to go on."""
         if bad := [name for name in source.classes if len(name.splitlines()) != 1]:
             raise ValueError(f"{self.data}: class {bad[0]!r} is empty or has a line break; rename it")
@@ -241,63 +124,57 @@ class Pack:
             "seed": self.seed,
         }
 
+    def _write(self, source: Source, paths: list[Path], workers: int) -> tuple[int, Failed, int]:
+        """Write the missing shards. Returns the number of images, what was left out, and shards kept."""
+        n, out = len(source), Path(self.out)
+        names = "".join(f"{name}\n" for name in source.classes).encode("utf-8", "surrogateescape")
+        files.write_atomically(out / shards.CLASSES, lambda tmp: tmp.write_bytes(names))
+        there = {path: shards.load_index(str(path)) for path in paths}
+        images = sum(len(found[0].records) for found in there.values() if found)
+        left_out = [one for found in there.values() if found for one in found[1]]
+        order = source.order(self.seed, 0).numpy() if self.shuffle else np.arange(n)
+        missing = [
+            (path, order[i * self.images_per_shard : (i + 1) * self.images_per_shard])
+            for i, path in enumerate(paths)
+            if not there[path]
+        ]
+        packed = multiprocessing.get_context().Value("q", 0)
+        shown = 0
+        with cli.progress("", n) as advance:
+            advance(images + len(left_out))
 
-@contextlib.contextmanager
-def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Keep `out` for this pack, by `plan`; raises FileExistsError if something else is there or at work."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: give a new folder for the shards")
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until all processes that write have ended
-        except BlockingIOError:
-            raise FileExistsError(f"{out}: another pack is writing there; wait for it or stop it") from None
-        except OSError:  # some network file systems cannot lock
-            pass
-        marker = out / MARKER
-        if marker.is_file():
-            there = json.loads(marker.read_text())
-            changed = [key for key in plan if there.get(key) != plan[key]]
-            settings = ", ".join(f"{k} {there.get(k)} not {plan[k]}" for k in changed if k != "fingerprint")
-            if changed:
-                raise FileExistsError(
-                    f"{out} holds a pack of other {f'settings ({settings})' if settings else 'images'}: give "
-                    "another folder or delete it"
-                )
-        elif any(not path.name.startswith(".") for path in out.iterdir()):
-            raise FileExistsError(f"{out} holds other files: give a new or empty folder for the shards")
-        else:
-            write_atomically(marker, lambda beside: beside.write_text(json.dumps(plan)))
-        _sweep(out)
-        try:
-            yield
-        finally:
-            _sweep(out)
-    finally:
-        os.close(folder)
+            def tick() -> None:
+                nonlocal shown
+                new, shown = packed.value - shown, packed.value
+                advance(new)
+
+            work = functools.partial(_pack_shard, source, packed)
+            for written, failed in map_in_processes(work, missing, min(workers, len(missing) or 1), tick):
+                images += written
+                left_out += failed
+        if left_out:
+            left_out.sort()
+            text = "".join(f"{path}: {reason}\n" for path, reason in left_out)
+            files.write_text(out / LEFT_OUT, text)
+        return images, left_out, len(paths) - len(missing)
 
 
-def _sweep(out: Path) -> None:
-    """Delete what processes that were killed have left half written."""
-    for beside in out.glob(".*.tar.*.tmp"):
-        beside.unlink()
+def _delete_half_written(out: Path) -> None:
+    """Delete what processes that were killed have left."""
+    for tmp in out.glob(".*.tar.*.tmp"):
+        tmp.unlink()
 
 
-def _pack_shard(
-    source: Source, order: np.ndarray, per_shard: int, out: Path, done: Any, number: int
-) -> tuple[int, list[tuple[str, str]]]:
-    """Write shard `number` and its index. Returns images in it, and (path, reason) of files left out."""
-    path = out / f"{number:06d}.tar"
-    left_out: list[tuple[str, str]] = []
-    chosen = order[number * per_shard : (number + 1) * per_shard].tolist()
+def _pack_shard(source: Source, packed: Any, shard: tuple[Path, np.ndarray]) -> tuple[int, Failed]:
+    """Write one shard and its index; packed: counts its images. Returns images in it, and files left out."""
+    path, chosen = shard
+    left_out: Failed = []
 
-    def write(beside: Path) -> None:
+    def write(tmp: Path) -> None:
         # the names of GNU tar take one block where pax takes three, as soon as they are not ASCII
-        with tarfile.open(beside, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-            for i in chosen:
-                _go_on()
+        with tarfile.open(tmp, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+            for i in chosen.tolist():
+                raise_if_stopped()
                 try:
                     content = source.read(i)
                     if len(content) >= shards.LARGEST:
@@ -309,15 +186,15 @@ def _pack_shard(
                     if source.labels is not None:
                         _add(tar, f"{key}.cls", str(source.labels[i]).encode())
                     _add(tar, key + extension, content)
-                with done.get_lock():
-                    done.value += 1
-        found = shards.scan(str(beside))
+                with packed.get_lock():
+                    packed.value += 1
+        found = shards.scan(str(tmp))
         if found.note or len(found.records) != len(chosen) - len(left_out):
-            raise RuntimeError(f"{beside} was not written as it should: {found.note or len(found.records)}")
-        shards.save_index(path, beside.stat().st_size, found, left_out)
+            raise RuntimeError(f"{tmp} was not written as it should: {found.note or len(found.records)}")
+        shards.save_index(path, tmp.stat().st_size, found, left_out)
 
     try:
-        write_atomically(path, write)
+        files.write_atomically(path, write)
     except BaseException:
         shards.index_path(path).unlink(missing_ok=True)
         raise
@@ -342,25 +219,17 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 # --- check
 
-
-@dataclass
-class _Checked:
-    """What was found of the images start, start + 1, ...; a width of 0 marks the broken ones."""
-
-    start: int
-    sizes: np.ndarray  # uint32 (n, 2): width, height
-    hashes: np.ndarray  # uint64 (n, 2); zeros where there is no file
-    content: int  # bytes
-    formats: collections.Counter[str]
-    modes: collections.Counter[str]
-    broken: list[tuple[str, str]]  # path, reason
+# What is found of an image. A width of 0 marks an image that cannot be read, a hash of 0 a file that cannot.
+CHECKED = np.dtype(
+    [("width", "u4"), ("height", "u4"), ("bytes", "u8"), ("hash", "u8", 2), ("format", "S4"), ("mode", "S8")]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """Decode every image, and say what there is: sizes, formats, classes, broken files and duplicates."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Data
     """The images: a folder, a text file of paths, or shards, as for fastdino-train."""
     json: str = ""
     """File to write all of it to, with the paths of all broken, small and duplicate images."""
@@ -373,50 +242,58 @@ class Check:
             raise ValueError(
                 f"--json {self.json}: there is no folder {Path(self.json).parent}; make it first"
             )
-        console = Console()
-        workers = _processes(self.workers)
-        report = _check(open_source(self.data), workers, console)
-        _show(console, self.data, report)
+        workers, source = _processes(self.workers), open_source(self.data)
+        n = len(source)
+        step = max(1, min(256, n // (4 * workers)))  # images a job
+        jobs = (range(start, min(n, start + step)) for start in range(0, n, step))
+        found, broken, done = np.zeros(n, CHECKED), Failed(), 0
+        with cli.progress("", n) as advance:
+            for part, failed in map_in_processes(functools.partial(_check, source), jobs, workers):
+                found[done : done + len(part)] = part
+                broken += failed
+                done += len(part)
+                advance(len(part))
+        report = _report(source, found, broken)
+        _show(self.data, report)
         if self.json:
-            text = json.dumps({"data": self.data, **report}, indent=2)
-            write_atomically(Path(self.json), lambda beside: beside.write_text(text + "\n"))
+            files.write_text(Path(self.json), json.dumps({"data": self.data, **report}, indent=2) + "\n")
         return 0 if report["readable"] else 1
 
 
-def _check(source: Source, workers: int, console: Console) -> dict[str, Any]:
-    n = len(source)
-    # all that is kept of an image: 24 bytes
-    sizes, hashes = np.zeros((n, 2), np.uint32), np.zeros((n, 2), np.uint64)
-    total = _Checked(0, sizes, hashes, 0, collections.Counter(), collections.Counter(), [])
-    with _progress(console) as progress:
-        bar = progress.add_task("", total=n)
+def _check(source: Source, images: range) -> tuple[np.ndarray, Failed]:
+    """What is found of some images, CHECKED (n,), and which are broken."""
+    found, broken = np.zeros(len(images), CHECKED), Failed()
+    for row, i in zip(found, images, strict=True):
+        raise_if_stopped()
+        try:
+            content = source.read(i)
+            row["bytes"] = len(content)
+            row["hash"] = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint64)
+            decode_image(content, "")
+            with opened(functools.partial(io.BytesIO, content), str) as image:
+                row["format"], row["mode"] = image.format or "", image.mode
+                row["width"], row["height"] = image.size
+        except Unreadable as error:
+            broken.append((error.path or printable(source.path(i)), error.reason))
+    return found, broken
 
-        def add(part: _Checked) -> None:
-            span = slice(part.start, part.start + len(part.sizes))
-            sizes[span], hashes[span] = part.sizes, part.hashes
-            total.content += part.content
-            total.formats += part.formats
-            total.modes += part.modes
-            total.broken += part.broken
-            progress.advance(bar, len(part.sizes))
 
-        step = max(1, min(256, n // (4 * workers)))  # images a job
-        jobs = (range(start, min(n, start + step)) for start in range(0, n, step))
-        _spread(functools.partial(_check_images, source), jobs, workers, add, progress.refresh)
-    readable = sizes[:, 0] > 0
-    small = np.flatnonzero(readable & (sizes.min(1) < SMALL))
+def _report(source: Source, found: np.ndarray, broken: Failed) -> dict[str, Any]:
+    """All that the JSON says; found: CHECKED (n,)."""
+    readable = found[found["width"] > 0]
+    small = np.minimum(found["width"], found["height"])
     report: dict[str, Any] = {
-        "images": n,
-        "readable": int(readable.sum()),
-        "bytes": total.content,
+        "images": len(source),
+        "readable": len(readable),
+        "bytes": int(found["bytes"].sum()),
         "classes": None,
-        "formats": _most_first(total.formats),
-        "modes": _most_first(total.modes),
-        "width": _spans(sizes[readable, 0]),
-        "height": _spans(sizes[readable, 1]),
-        "broken": [{"path": path, "reason": reason} for path, reason in sorted(total.broken)],
-        "small": [printable(source.path(int(i))) for i in small],
-        "duplicates": [[printable(source.path(i)) for i in group] for group in _duplicates(hashes)],
+        "formats": _count(readable["format"]),
+        "modes": _count(readable["mode"]),
+        "width": _span(readable["width"]),
+        "height": _span(readable["height"]),
+        "broken": [{"path": path, "reason": reason} for path, reason in sorted(broken)],
+        "small": [printable(source.path(int(i))) for i in np.flatnonzero((small > 0) & (small < SMALL))],
+        "duplicates": [[printable(source.path(i)) for i in group] for group in _duplicates(found["hash"])],
         "notes": source.notes,
     }
     if source.labels is not None:
@@ -425,40 +302,12 @@ def _check(source: Source, workers: int, console: Console) -> dict[str, Any]:
     return report
 
 
-def _check_images(source: Source, images: range) -> _Checked:
-    n = len(images)
-    found = _Checked(
-        images.start,
-        np.zeros((n, 2), np.uint32),
-        np.zeros((n, 2), np.uint64),
-        0,
-        collections.Counter(),
-        collections.Counter(),
-        [],
-    )
-    for row, i in enumerate(images):
-        _go_on()
-        try:
-            content = source.read(i)
-            found.content += len(content)
-            digest = hashlib.blake2b(content, digest_size=16).digest()
-            found.hashes[row] = np.frombuffer(digest, np.uint64)
-            decode_image(content, "")
-        except Unreadable as error:
-            found.broken.append((error.path or printable(source.path(i)), error.reason))
-            continue
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            found.sizes[row] = image.size
-            found.formats[image.format or ""] += 1
-            found.modes[image.mode] += 1
-    return found
+def _count(values: np.ndarray) -> dict[str, int]:
+    """How often each value is there, the most frequent first."""
+    return dict(Counter(value.decode() for value in np.sort(values).tolist()).most_common())
 
 
-def _most_first(counts: collections.Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-def _spans(lengths: np.ndarray) -> dict[str, float] | None:
+def _span(lengths: np.ndarray) -> dict[str, float] | None:
     if not len(lengths):
         return None
     return {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())}
@@ -468,65 +317,44 @@ def _duplicates(hashes: np.ndarray) -> list[list[int]]:
     """Groups of images that have the same hash, of uint64 (n, 2), in order; zeros belong to none."""
     known = np.flatnonzero(hashes.any(1))
     order = known[np.lexsort(hashes[known].T)]
-    same = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
-    edges = np.diff(np.concatenate([[False], same, [False]]).astype(np.int8))
-    begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1
-    return sorted(order[begin:end].tolist() for begin, end in zip(begins, ends, strict=True))
+    starts = np.flatnonzero((hashes[order[1:]] != hashes[order[:-1]]).any(1)) + 1
+    return sorted(group.tolist() for group in np.split(order, starts) if len(group) > 1)
 
 
-def _show(console: Console, data: str, report: dict[str, Any]) -> None:
-    for note in report["notes"]:
-        _say(console, note)
+def _show(data: str, report: dict[str, Any]) -> None:
+    cli.say(*report["notes"])
     rows = {
         "images": f"{report['images']:,}",
         "broken": f"{len(report['broken']):,}",
         "bytes": f"{report['bytes']:,} ({decimal(report['bytes'])})",
-        "formats": _counts(report["formats"]),
-        "colour modes": _counts(report["modes"]),
     }
+    for name, key in (("formats", "formats"), ("colour modes", "modes")):
+        rows[name] = ", ".join(f"{kind} {n:,}" for kind, n in report[key].items()) or "none"
     for side in ("width", "height"):
-        if spans := report[side]:
-            rows[side] = f"{spans['min']} to {spans['max']}, median {spans['median']:g}"
+        if span := report[side]:
+            rows[side] = f"{span['min']} to {span['max']}, median {span['median']:g}"
     rows[f"shorter side under {SMALL} px"] = f"{len(report['small']):,}"
     groups = report["duplicates"]
     rows["duplicates"] = f"{sum(map(len, groups)) - len(groups):,}, of {len(groups):,} images"
+    rows["classes"] = "none"
     if classes := report["classes"]:
         least, most = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
         rows["classes"] = (
             f"{len(classes):,}: {classes[least]:,} ({least}) to {classes[most]:,} ({most}) images, "
             f"median {statistics.median(classes.values()):g}"
         )
-    else:
-        rows["classes"] = "none"
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value))
-    _say(console, data)
-    console.print(table)
-    _list(console, "broken:", [f"{one['path']}: {one['reason']}" for one in report["broken"]])
-    _list(console, "the same bytes:", [_some(group) for group in groups])
-
-
-def _some(paths: list[str]) -> str:
-    return "  ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+    cli.say(data)
+    cli.console().print(table)
+    _say_list("broken:", [f"{one['path']}: {one['reason']}" for one in report["broken"]])
+    more = [f" and {len(group) - 4} more" if len(group) > 4 else "" for group in groups]
+    _say_list("the same bytes:", ["  ".join(g[:4]) + text for g, text in zip(groups, more, strict=True)])
 
 
 def main() -> None:
     """Entry point of `fastdino-data`."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"pack": Pack, "check": Check}, prog="fastdino-data", description=__doc__
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # job managers end it as Ctrl-C does
-    try:
-        sys.exit(command.run())
-    except (ValueError, OSError) as error:
-        sys.exit(f"fastdino-data: {printable(str(error))}")
-    except BrokenProcessPool:
-        sys.exit("fastdino-data: a process died: often memory ran out; lower --workers")
-    except KeyboardInterrupt:
-        print("fastdino-data: stopped", file=sys.stderr)
-        sys.exit(130)
+    commands: dict[str, Any] = {"pack": Pack, "check": Check, "samples": Samples}
+    command = tyro.extras.subcommand_cli_from_dict(commands, prog="fastdino-data", description=__doc__)
+    sys.exit(cli.run("fastdino-data", command.run))

@@ -99,7 +99,7 @@ def extract(
 
 def rank_slice(n: int) -> range:
     """This rank's part of 0 to n - 1, which the ranks divide in their order."""
-    rank, ranks = distributed.rank(), distributed.ranks()
+    rank, ranks = distributed.rank(), distributed.world_size()
     return range(n * rank // ranks, n * (rank + 1) // ranks)
 
 
@@ -109,7 +109,7 @@ def collect(part: Tensor, everywhere: bool = True) -> Tensor:
     Without `everywhere` only rank 0 gets them, and other ranks get `part` back. Nothing is pickled, so this
     takes no more memory than the result.
     """
-    if distributed.ranks() == 1:
+    if distributed.world_size() == 1:
         return part
     shapes = distributed.gather(tuple(part.shape))
     counts = [shape[0] for shape in shapes]
@@ -143,7 +143,7 @@ def extract_shared(
     """`extract` by all ranks, each a part: the result of one process, on all of them or only on rank 0."""
     chosen = range(len(source)) if indices is None else indices
     part = rank_slice(len(chosen))
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         x, kept = extract(network, source, policy, indices=chosen[part.start : part.stop], **options)
     return collect(x, everywhere), collect(kept, everywhere)
 
@@ -177,7 +177,7 @@ def check_classes(train: Source, val: Source | None, what: str = "k-NN") -> None
 
 def check_readable(n: int, source: Source) -> None:
     """Raise ValueError, on rank 0 for all, if no image of a source could be read: n is 0."""
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if n == 0 and distributed.rank() == 0:
             raise ValueError(f"{source.root}: none of its {len(source)} images can be read")
 
@@ -241,7 +241,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def write_json(path: str, figures: Mapping[str, Any]) -> None:
     """Write figures to the file that --json names, if any, on rank 0."""
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if path and distributed.rank() == 0:
             write_text(Path(path), json.dumps(figures, indent=2) + "\n")
 
@@ -317,5 +317,5 @@ class FeatureEvaluation(Evaluation):
         """Arguments of `extract`."""
         workers = self.workers
         if workers < 0:
-            workers = data.choose_workers(self.batch_size, distributed.place().local_ranks)
+            workers = data.choose_workers(self.batch_size, distributed.launch().local_ranks)
         return {"device": device, "workers": workers, "batch_size": self.batch_size}

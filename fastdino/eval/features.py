@@ -65,8 +65,8 @@ class FeaturesCommand(FeatureEvaluation):
 
     def run(self) -> None:
         """Write the features; print the table, and write the JSON if asked."""
-        with distributed.joined(self.device) as device:
-            with distributed.together():
+        with distributed.process_group(self.device) as device:
+            with distributed.raise_on_all_ranks():
                 self._check()
                 source = open_source(self.data)
                 self._check_names(source)
@@ -86,7 +86,7 @@ class FeaturesCommand(FeatureEvaluation):
                 )
             check_readable(len(kept), source)  # the first rank's, which are all of them
             tensors = self._tensors(source, features, kept)
-            with distributed.together():
+            with distributed.raise_on_all_ranks():
                 if distributed.rank() == 0:
                     self._save(source, kept, tensors, policy)
             say(f"{len(kept)} images of {self.data}, {policy.global_crops_size} pixels, in {self.out}")

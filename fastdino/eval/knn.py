@@ -181,8 +181,8 @@ class KnnCommand(FeatureEvaluation):
 
     def run(self) -> None:
         """Print the table, and write the JSON if asked."""
-        with distributed.joined(self.device) as device:
-            with distributed.together():
+        with distributed.process_group(self.device) as device:
+            with distributed.raise_on_all_ranks():
                 self._check()
                 train, val = open_source(self.data), open_source(self.val) if self.val else None
                 check_classes(train, val)

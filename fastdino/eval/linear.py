@@ -234,7 +234,7 @@ class _Order(Sampler[list[tuple[int, int]]]):
         for epoch in range(self.epochs):
             order = self.source.order(self.seed, epoch, DataConfig().shuffle_buffer)
             for batch in order.split(self.batch_size):
-                yield [(epoch, i) for i in batch[distributed.rank() :: distributed.ranks()].tolist()]
+                yield [(epoch, i) for i in batch[distributed.rank() :: distributed.world_size()].tolist()]
 
 
 def augmented(
@@ -289,7 +289,7 @@ def cached(features: Tensor, labels: Tensor, *, seed: int, batch_size: int, devi
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(len(features), seed, epoch).to(features.device)
         for batch in order.split(batch_size):
-            rows = batch[distributed.rank() :: distributed.ranks()]
+            rows = batch[distributed.rank() :: distributed.world_size()]
             yield features[rows].to(device), labels[rows].to(device)
 
     return batches
@@ -333,8 +333,8 @@ class LinearCommand(FeatureEvaluation):
 
     def run(self) -> None:
         """Print the table, and write the JSON if asked."""
-        with distributed.joined(self.device) as device:
-            with distributed.together():
+        with distributed.process_group(self.device) as device:
+            with distributed.raise_on_all_ranks():
                 self._check()
                 train, val = open_source(self.data), open_source(self.val)
                 check_classes(train, val, "linear evaluation")
@@ -344,7 +344,7 @@ class LinearCommand(FeatureEvaluation):
             unreadable: list[str] = []
             failed: list[str] = []  # of --val
             part = rank_slice(len(val))
-            with progress("held-out features", len(part)) as advance, distributed.together():
+            with progress("held-out features", len(part)) as advance, distributed.raise_on_all_ranks():
                 x, kept = extract(
                     features,
                     val,

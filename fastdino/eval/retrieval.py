@@ -146,8 +146,8 @@ class RetrievalCommand(FeatureEvaluation):
 
     def run(self) -> None:
         """Print the table, and write the JSON if asked."""
-        with distributed.joined(self.device) as device:
-            with distributed.together():
+        with distributed.process_group(self.device) as device:
+            with distributed.raise_on_all_ranks():
                 self._check()
                 query = open_source(self.query)
                 gallery = open_source(self.gallery) if self.gallery else None
@@ -178,7 +178,7 @@ class RetrievalCommand(FeatureEvaluation):
 
     def _report(self, precision: Tensor, first: Tensor, n: int) -> None:
         searched = first > 0
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if not searched.any() and distributed.rank() == 0:
                 raise ValueError(
                     f"no image of {self.query} has another of its class"

@@ -273,7 +273,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _tile(crops: int) -> int:
-    """Columns whose probabilities for so many teacher crops stay in registers: 32 numbers a thread."""
+    """Columns whose probabilities for this number of teacher crops stay in registers: 32 numbers a thread."""
     return max(64, 2048 // triton.next_power_of_2(crops))
 
 
