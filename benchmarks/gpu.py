@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TESTED = {  # files, and the packages that their imports need beyond torch and triton
@@ -114,7 +115,8 @@ def main() -> None:
     out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True)
     env = os.environ | ({"TRITON_INTERPRET": "1"} if args.rehearse else {})
-    planned, summary = parts(out, args.rehearse), []
+    planned = parts(out, args.rehearse)
+    summary: list[dict[str, Any]] = []
     if unknown := {*(args.parts or ())} - {name for name, *_ in planned}:
         names = " ".join(name for name, *_ in planned)
         parser.error(f"no parts {' '.join(sorted(unknown))}: there are {names}")

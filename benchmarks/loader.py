@@ -190,7 +190,7 @@ def our_loader(
     device: torch.device = CPU,
 ) -> Iterable[Any]:
     """Our batches; the one place that knows how make_loader is called."""
-    steps = {"seed": SEED, "start_step": 0, "total_steps": count}
+    steps: Any = {"seed": SEED, "start_step": 0, "total_steps": count}
     options: Any = {"batch_size": batch, "pieces": 1, "workers": workers, "device": device, "loader": kind}
     return data.make_loader(source, policy, **steps, **options)
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import official
-from benchmarks.harness import ROOT, Case, Results, Row, parser, table
+from benchmarks.harness import ROOT, Case, Results, Row, Timed, parser, table
 from fastdino import ops
 
 V, G = 10, 2
@@ -60,7 +60,7 @@ def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled
     teacher = torch.randn(G, images, prototypes, device=device).to(logits.dtype)
     center = torch.randn(prototypes, device=device) * 0.1
     student, upstream = logits.clone().requires_grad_(), torch.tensor(0.37, device=device)
-    temps = [torch.tensor(x, device=device) for x in TEMPS.values()]
+    temps: Any = {name: torch.tensor(x, device=device) for name, x in TEMPS.items()}
 
     def restore() -> None:
         student.grad = None
@@ -75,13 +75,13 @@ def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "closed form eager": lambda s: ops.dino_loss(s, teacher, center, **TEMPS, impl="torch"),
-        "official": lambda s: official.cross_entropy(s, teacher, center, *temps),
+        "official": lambda s: official.cross_entropy(s, teacher, center, **temps),
         "fastdino": lambda s: ops.dino_loss(s, teacher, center, **TEMPS),
         "fastdino-in-place": lambda s: ops.dino_loss(s, teacher, center, **TEMPS, inplace_backward=True),
     }
     if compiled:
         graph = torch.compile(official.cross_entropy, dynamic=False)
-        ways["official compiled"] = lambda s: graph(s, teacher, center, *temps)
+        ways["official compiled"] = lambda s: graph(s, teacher, center, **temps)
     if dtype == "float32" and find_spec("lightly"):
         from lightly.loss import DINOLoss
 
@@ -91,7 +91,7 @@ def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled
     # the others divide half-precision logits by the temperature in half precision
     limits = {"": 1e-4 if dtype == "float32" else 0.2, "fastdino": 5e-3, "fastdino-in-place": 5e-3}
     ideal = (2 * logits.numel() + teacher.numel()) * logits.element_size()
-    variants = {name: partial(both, way) for name, way in ways.items()}
+    variants: Timed = {name: partial(both, way) for name, way in ways.items()}
     sizes = {"images": images, "prototypes": prototypes, "dtype": dtype}
     return Case("loss", sizes, variants, limits, setup=restore, bytes=ideal, held=logits.nbytes)
 
@@ -162,7 +162,7 @@ def ema(arch: str, device: str = "cpu", prototypes: int = 65536) -> Case:
     def restore() -> None:
         torch._foreach_copy_(teacher, start)
 
-    variants = {name: partial(run, way) for name, way in ways.items()}
+    variants: Timed = {name: partial(run, way) for name, way in ways.items()}
     sizes = {"arch": arch, "parameters": count}
     return Case("ema", sizes, variants, {"": 1e-5}, reset=restore, bytes=12 * count)
 

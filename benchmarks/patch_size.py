@@ -34,7 +34,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -50,6 +50,7 @@ from benchmarks.harness import (
     Conditions,
     Results,
     Row,
+    Timed,
     bars,
     interleave,
     matmul_flops,
@@ -82,7 +83,7 @@ def run(variant: Variant, views: list[Tensor], times: int = 1) -> float:
 
 def parts_of(variant: Variant, views: list[Tensor], updates: int) -> Row:
     """Seconds of each part; each update waits for the device after each part, so overlap is not seen."""
-    seconds, device = Counter[str](), variant.shared.device
+    seconds, device = defaultdict[str, float](float), variant.shared.device
     last = time.perf_counter()
 
     def mark(part: str) -> None:
@@ -119,7 +120,7 @@ def bench(problem: Problem, asked: Row, rates: Row, until: float, args: argparse
             on_end[name] = max(1, min(20, round(0.5 / run(variant, views[name]))))
     peaks = peaks or memory_of(variants, crops)
     print(f"{problem.name}: checked and warm after {time.monotonic() - began:.0f} s", flush=True)
-    timed = {name: partial(run, v, views[name], on_end[name]) for name, v in variants.items()}
+    timed: Timed = {name: partial(run, v, views[name], on_end[name]) for name, v in variants.items()}
     left = until - time.monotonic()
     times = interleave(timed, lambda call: call(), left, args.rounds, warm=0, due=min(2, args.rounds))
     rows = []

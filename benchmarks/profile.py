@@ -1,7 +1,7 @@
 """Where the time of a whole update goes, by torch.profiler; `python -m benchmarks.patch_size --profile`."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,28 +43,37 @@ def kernels_of(events: Iterable[Any]) -> list[tuple[str, float, float]]:
     return sorted(found, key=lambda kernel: kernel[1])
 
 
+def most(times: dict[str, float], count: int) -> list[tuple[str, float]]:
+    """The largest, in order."""
+    return sorted(times.items(), key=lambda item: -item[1])[:count]
+
+
 def of_kernels(kernels: list[tuple[str, float, float]], waits: int, updates: int) -> Row:
     """Of one update among N: ms, the busy share, gaps by the kernel that ends them, launches, tiny ones."""
     began = end = kernels[0][1]
-    idle = Counter[str]()
+    idle = defaultdict[str, float](float)
     for name, first, last in kernels:  # streams may overlap
         idle[name] += max(0.0, first - end)
         end = max(end, last)
     tiny = [last - first for _, first, last in kernels if last - first < TINY]
     per = 1e3 * updates
-    row = {"ms": (end - began) / per, "busy": 1 - idle.total() / (end - began), "waits": waits / updates}
+    row = {
+        "ms": (end - began) / per,
+        "busy": 1 - sum(idle.values()) / (end - began),
+        "waits": waits / updates,
+    }
     row |= {"launches": len(kernels) / updates, "tiny": len(tiny) / updates, "tiny_ms": sum(tiny) / per}
-    return row | {"gaps": {name: gap / per for name, gap in idle.most_common(5) if gap}}
+    return row | {"gaps": {name: gap / per for name, gap in most(idle, 5) if gap}}
 
 
 def shares(named: Iterable[tuple[str, float, float]]) -> Row:
     """Kinds, and the names that take most, of (name, ms, calls) of one update."""
-    kinds, calls, most = Counter[str](), Counter[str](), Counter[str]()
+    kinds, calls, names = (defaultdict[str, float](float) for _ in range(3))
     for name, ms, count in named:
         kinds[kind_of(name)] += ms
         calls[kind_of(name)] += count
-        most[name] += ms
-    return {"kinds": dict(kinds), "calls": dict(calls), "most": dict(most.most_common(15))}
+        names[name] += ms
+    return {"kinds": dict(kinds), "calls": dict(calls), "most": dict(most(names, 15))}
 
 
 def profile_update(run: Callable[[], object], device: torch.device, updates: int) -> Row:

@@ -104,9 +104,10 @@ def model_flops(problem: Problem) -> float:
 
 def settings_of(config: Config) -> StepSettings:
     """Of an update past the first epoch, in which the prototypes are frozen."""
-    cfg, no = config.optim, dict.fromkeys(("freeze_last_layer", "freeze_backbone", "begins_epoch"), False)
-    rates = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay, "momentum": MOMENTUM}
-    return StepSettings(step=0, epoch=1, teacher_temp=TEACHER_TEMP, ends_epoch=False, **rates, **no)
+    cfg = config.optim
+    no: Any = dict.fromkeys(("freeze_last_layer", "freeze_backbone", "begins_epoch", "ends_epoch"), False)
+    rates: Any = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay, "momentum": MOMENTUM}
+    return StepSettings(step=0, epoch=1, teacher_temp=TEACHER_TEMP, **rates, **no)
 
 
 class Shared:
@@ -124,7 +125,7 @@ class Shared:
     def plain_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
         """torch's optimiser as it comes, of a student; on the shared moments."""
         cfg, groups = self.config.optim, official.param_groups(student)
-        options = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay}
+        options: Any = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay}
         found: torch.optim.Optimizer = (
             torch.optim.SGD(groups, momentum=0.9, **options)
             if cfg.optimizer == "sgd"
@@ -191,7 +192,8 @@ class Without(Update):
             run["attention"] = "sdpa"
         super().__init__(shared.problem.config(**run), shared.device)
         for network in (self.dino.student, self.dino.teacher):
-            for block in network.backbone.blocks if shared.vit else ():
+            backbone: Any = network.backbone
+            for block in backbone.blocks if shared.vit else ():
                 if "skipped work" in without:
                     block.__class__ = WholeBlock
                 if "attention kernel" in without:
@@ -342,13 +344,10 @@ class Variant:
 def official_variant(shared: Shared, dtype: torch.dtype, compiled: bool = False) -> Variant:
     """Official DINO's update."""
     dino, limit = shared.dino, shared.config.optim.clip_grad
-    networks, options = (
-        map(official.Network, (dino.student, dino.teacher)),
-        {"dtype": dtype, "compiled": compiled},
-    )
-    return Variant(
-        shared, official.Update(*networks, shared.plain, dino.loss.center, limit, **options), compiled
-    )
+    student, teacher = (official.Network(network) for network in (dino.student, dino.teacher))
+    options: Any = {"dtype": dtype, "compiled": compiled}
+    made = official.Update(student, teacher, shared.plain, dino.loss.center, limit, **options)
+    return Variant(shared, made, compiled)
 
 
 def variants_of(
