@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image
 
-from fastdino import data, distributed, ops
+from fastdino import cli, data, distributed, ops
 from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, resolve_auto, resolved, to_dict
 from fastdino.data import Source, Unreadable, crops, open_source
@@ -51,8 +51,7 @@ def train(
         The metrics of the last log line, and "step".
 
     Raises:
-        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; before the first
-            update.
+        ValueError, FileNotFoundError: a configuration, folder or machine that cannot work; at the start.
         RunError: too many unreadable files or non-finite updates, or no room for the last checkpoint.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1, after saving. Several processes save at their next log line.
         OtherRankFailed: another process failed, and says why.
@@ -68,10 +67,8 @@ def train(
         # What trains. Entering `run` locks the folder and loads its checkpoint, if any, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
         run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
-        quiet = distributed.rank() > 0
-        monitor = stack.enter_context(
-            Monitor(run.out, run.step, total, to_dict(config), config.run.wandb, quiet=quiet)
-        )
+        wandb, quiet = config.run.wandb, distributed.rank() > 0
+        monitor = stack.enter_context(Monitor(run.out, run.step, total, to_dict(config), wandb, quiet))
         loader = make_loader(config, images, device, run.step, total)
         feed = feed_type(loader, config.optim.accumulate, run.signals)  # a signal travels with its tally
         window = Window(config.run.log_every, device)
@@ -350,27 +347,32 @@ def some_images(source: Source, n: int) -> list[Image.Image]:
 
 
 def command(config: Config, **types: Any) -> None:
-    """`train` as a command: what it raises becomes a line on stderr, said by one rank, and an exit code."""
-    rank, ranks = distributed.launch()[:2]
-    name = "fastdino-train" + (f", rank {rank}" if ranks > 1 else "")
-    try:
+    """`train` as a command: what it raises becomes a line on stderr, from one rank, and an exit code.
+
+    Args:
+        config: the run.
+        types: `update_type` and `feed_type` of `train`.
+    """
+
+    def work() -> None:
         train(config, **types)
+
+    rank, ranks = distributed.launch()[:2]
+    title = "fastdino-train" + (f", rank {rank}" if ranks > 1 else "")
+    try:
+        cli.run("fastdino-train", work, errors=(Unreadable,))
     except Interrupted as stopped:
         if rank == 0:
             print(f"fastdino-train: {stopped}", file=sys.stderr)
         sys.exit(130 if stopped.signum == signal.SIGINT else REQUEUE)
-    except distributed.OtherRankFailed:
-        sys.exit(1)  # that rank has said it
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{name}: out of memory: raise --accumulate, same result in less memory.\n{error}")
     except RunError as error:  # the same on all ranks
         sys.exit(f"fastdino-train: {error}" if rank == 0 else 1)
-    except (ValueError, OSError, Unreadable) as error:
-        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{title}: out of memory: raise --accumulate, same result in less memory.\n{error}")
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        sys.exit(f"{name}: torch.compile failed; --compile off goes on without it.\n{error}")
+        sys.exit(f"{title}: torch.compile failed; --compile off goes on without it.\n{error}")
 
 
 def main() -> None:

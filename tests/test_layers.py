@@ -115,6 +115,15 @@ WITHIN = {
         ("__init__",),
         ("tool",),
     ),
+    # a command imports no other command
+    "eval": (
+        ("common", "similarity"),
+        ("maps",),
+        ("video",),
+        ("attention", "features", "knn", "linear", "retrieval", "segmentation"),
+        ("__init__",),
+        ("__main__",),
+    ),
     # an op imports its launchers
     "ops": (("native", "multi_crop_row"), ("*_cpu", "*_triton"), ("*",), ("__init__",)),
 }
@@ -162,6 +171,7 @@ def test_files_import_only_from_layers_below_within_their_folder(folder: str, pa
         ("data", "dali", "from fastdino import data"),
         ("data", "__init__", "from fastdino.data.tool import Pack"),
         ("data", "nowhere", "import torch"),
+        ("eval", "linear", "from fastdino.eval.knn import knn_correct"),
         ("ops", "native", "from fastdino.ops.ema import ema_"),
         ("ops", "ema_triton", "from fastdino.ops.ema import ema_ref_"),
         ("ops", "ema_cpu", "from fastdino.ops import ema_"),
@@ -183,6 +193,21 @@ def test_a_wrong_import_within_a_folder_is_seen(folder: str, stem: str, source: 
 )
 def test_a_right_import_within_a_folder_is_let_through(folder: str, stem: str, source: str) -> None:
     assert violations_within(folder, stem, source) == []
+
+
+LONGEST = 80  # lines: what fits on a screen
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    """ruff's PLR0915 and C901 hold statements and branches, this holds lines, docstring included."""
+    long = [
+        f"{path.relative_to(PACKAGE)}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for _, path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= LONGEST
+    ]
+    assert long == []
 
 
 IMPORT_ALL = """
