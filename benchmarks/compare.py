@@ -7,9 +7,9 @@ included. Each gets the native library of its own sources, and the working tree'
 suite once on either, every second round the other way round, each time in a process of its own that is
 checked to import that folder's fastdino and library.
 
-A time is the least of all rounds. What a case differs by is told from noise by what it differs by from
-itself: the largest over its smallest least of a round, of either side, or what the cases of its group that
-are not fastdino's seem to have changed by. Beyond that it is `slower` or `faster`.
+A time is the least of all rounds. The noise of a case is the factor by which it differs from itself (the
+largest over the smallest least of a round, of either side) or by which the cases of its group that are not
+fastdino's seem to have changed. A case that changed by more is `slower` or `faster`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SIDES = ("base", "head")
 
 @dataclass
 class Case:
-    """What the rounds of a case took, ms, by side; least and median of each round."""
+    """The times of a case's rounds, ms, by side; least and median of each round."""
 
     name: str
     group: str
@@ -45,23 +45,23 @@ class Case:
 
     @property
     def ratio(self) -> float:
+        """Head's least time by base's."""
         return min(self.least["head"]) / min(self.least["base"])
 
     @property
     def spread(self) -> float:
-        """What it differs by from itself, as a factor."""
-        return max(max(its) / min(its) for its in self.least.values())
+        """The factor by which a case differs from itself."""
+        return max(max(times) / min(times) for times in self.least.values())
+
+
+def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Its output is captured."""
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
 
 
 def git(*arguments: str) -> str:
-    # no hooks: a checkout here is nobody's
-    done = subprocess.run(
-        ["git", "-c", "core.hooksPath=/dev/null", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Its output; without hooks, which a temporary checkout must not start."""
+    done = run(["git", "-c", "core.hooksPath=/dev/null", *arguments], ROOT)
     if done.returncode:
         raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.strip() or done.returncode}")
     return done.stdout
@@ -72,9 +72,8 @@ def resolve(base: str) -> str:
     try:
         return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
     except SystemExit:
-        raise SystemExit(
-            f"{base!r} names no commit of {ROOT}: give a hash, a branch, a tag or HEAD~1"
-        ) from None
+        text = f"{base!r} names no commit of {ROOT}: give a hash, a branch, a tag or HEAD~1"
+        raise SystemExit(text) from None
 
 
 @contextmanager
@@ -100,36 +99,31 @@ def build(folder: Path) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     if not (cmake := shutil.which("cmake", path=path)):
         raise SystemExit("there is no cmake to build the kernels with: pip install cmake")
-    for step in (
-        ["-S", ".", "-B", "build", "-DCMAKE_BUILD_TYPE=Release"],
-        ["--build", "build", "--parallel", str(os.cpu_count())],
-        ["--install", "build", "--prefix", "."],
-    ):
-        done = subprocess.run(
-            [cmake, *step],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+    make = ["--build", "build", "--parallel", str(os.cpu_count())]
+    configure = ["-S", ".", "-B", "build", "-DCMAKE_BUILD_TYPE=Release"]
+    for step in (configure, make, ["--install", "build", "--prefix", "."]):
+        done = run([cmake, *step], folder)
         if done.returncode:
-            raise SystemExit(f"the kernels of {folder.name} cannot be built:\n{done.stdout[-2000:]}")
+            raise SystemExit(
+                f"the kernels of {folder.name} cannot be built:\n{(done.stdout + done.stderr)[-2000:]}"
+            )
 
 
 def sources(folder: Path) -> dict[Path, bytes]:
-    """What the native library is made of; empty where there is none."""
+    """The native library's; empty where there is none."""
     paths = [folder / "CMakeLists.txt", *sorted((folder / "kernels").rglob("*"))]
     return {path.relative_to(folder): path.read_bytes() for path in paths if path.is_file()}
 
 
 def build_both(base: Path, head: Path) -> None:
-    for folder in (base, head):
-        if folder == head and sources(base) == sources(head):
-            for library in (base / "fastdino").glob("*.so"):  # the same code at the same place in memory
-                shutil.copy2(library, head / "fastdino")
-        elif sources(folder):
-            build(folder)
+    """A library for each, or the same one where the sources are the same."""
+    if sources(base):
+        build(base)
+    if sources(base) == sources(head):
+        for library in (base / "fastdino").glob("*.so"):  # the same code at the same place in memory
+            shutil.copy2(library, head / "fastdino")
+    elif sources(head):
+        build(head)
 
 
 def time_suite(folder: Path, expression: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -139,9 +133,7 @@ def time_suite(folder: Path, expression: str) -> tuple[dict[str, Any], dict[str,
     command = [sys.executable, "-m", "pytest", SUITE, "-q", "-rfE", "--tb=no"]
     command += ["--continue-on-collection-errors", f"--benchmark-json={report}"]
     command += ["-k", expression] if expression else []
-    # wide enough for the reasons
-    env = os.environ | {"COLUMNS": "250"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = run(command, folder, COLUMNS="250")  # wide enough for the reasons
     if done.returncode == 5:
         raise SystemExit(f"-k {expression!r} fits no case")
     if done.returncode not in (0, 1):
@@ -167,20 +159,13 @@ def compare(
     for n in range(rounds):
         for side in SIDES if n % 2 == 0 else SIDES[::-1]:
             print(f"round {n + 1} of {rounds}: {side}", file=sys.stderr, flush=True)
-            report, its_failed = time_suite(folders[side], expression)
-            failed[side] |= its_failed
+            report, unable = time_suite(folders[side], expression)
+            failed[side] |= unable
             kernels[side] = report["machine_info"].get("kernels", "nothing ran")
             for found in report["benchmarks"]:
-                name, stats = found["fullname"], found["stats"]
-                case = cases.setdefault(
-                    name,
-                    Case(
-                        name,
-                        found["group"],
-                        found["extra_info"]["ours"],
-                        *({side: [] for side in SIDES} for _ in range(2)),
-                    ),
-                )
+                name, stats, ours = found["fullname"], found["stats"], found["extra_info"]["ours"]
+                times: Any = [{side: [] for side in SIDES} for _ in range(2)]
+                case = cases.setdefault(name, Case(name, found["group"], ours, *times))
                 case.least[side].append(stats["min"] * 1e3)
                 case.median[side].append(stats["median"] * 1e3)
     return [case for case in cases.values() if all(case.least.values())], failed, kernels
@@ -193,27 +178,21 @@ def judge(cases: list[Case]) -> list[dict[str, Any]]:
         others = [c.ratio for c in cases if c.group == case.group and not c.ours]
         noise = max(case.spread, *(max(r, 1 / r) for r in others), 1.0)
         verdict = "slower" if case.ratio > noise else "faster" if case.ratio < 1 / noise else ""
-        rows.append(
-            asdict(case) | {"ratio": case.ratio, "noise": noise, "verdict": verdict if case.ours else ""}
-        )
+        judged = {"ratio": case.ratio, "noise": noise, "verdict": verdict if case.ours else ""}
+        rows.append(asdict(case) | judged)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [("case", "base min", "median", "head min", "median", "head/base", "noise", "")]
     for row in rows:
-        times = [
-            f"{time:.3f}"
-            for side in SIDES
-            for time in (min(row["least"][side]), statistics.median(row["median"][side]))
-        ]
+        sides = [(min(row["least"][side]), statistics.median(row["median"][side])) for side in SIDES]
+        numbers = [f"{x:.3f}" for x in (*sides[0], *sides[1], row["ratio"], row["noise"])]
         name = row["name"].partition("::bench_")[2]
-        ratios = f"{row['ratio']:.3f}", f"{row['noise']:.3f}"
-        lines.append((name, *times, *ratios, row["verdict"] if row["ours"] else "not ours"))
+        lines.append((name, *numbers, row["verdict"] if row["ours"] else "not ours"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for name, *rest in lines
-    )
+    padded = ([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for name, *rest in lines)
+    return "\n".join(map("  ".join, padded))
 
 
 def main() -> None:
@@ -224,9 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="2 at least: noise is what rounds differ by")
     parser.add_argument("-k", dest="expression", default="", help="cases, as for pytest")
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument(
-        "--fail-above", type=float, help="end with status 1 if a case is slower by this factor"
-    )
+    parser.add_argument("--fail-above", type=float, help="end with status 1 if a case is slower by this")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds 2 at least: noise is what rounds differ by")
@@ -249,15 +226,12 @@ def main() -> None:
     if args.out:
         about = {"base": commit, "head": head, "rounds": args.rounds, "kernels": kernels, "failed": failed}
         args.out.write_text(json.dumps(about | {"cases": rows}, indent=1) + "\n")
-    if args.fail_above:
-        slower = [
-            row["name"] for row in rows if row["verdict"] == "slower" and row["ratio"] > args.fail_above
-        ]
-        if slower or failed["head"]:
-            raise SystemExit(
-                f"slower by more than {args.fail_above:g}: {', '.join(slower) or 'none'}"
-                + (f"; failed: {', '.join(failed['head'])}" if failed["head"] else "")
-            )
+    slower = [row for row in rows if row["verdict"] == "slower" and row["ratio"] > (args.fail_above or 0)]
+    if args.fail_above and (slower or failed["head"]):
+        text = (
+            f"slower by more than {args.fail_above:g}: {', '.join(row['name'] for row in slower) or 'none'}"
+        )
+        raise SystemExit(text + (f"; failed: {', '.join(failed['head'])}" if failed["head"] else ""))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
     python -m benchmarks.gpu --out DIR [--minutes 8] [--parts tests profile ...] [--rehearse]
 
 Runs from a checkout with torch and triton alone, without a network, and without git if FASTDINO_COMMIT names
-the commit; a part for which more must be installed is left out by name. Bring fastdino/libfastdino_cpu.so
-with the checkout, or loaders crop by Pillow. Every part is a process of its own: its result is written as it
-ends, a failure or a time-out is noted and the next part begins. All parts take some 40 minutes: --parts
-chooses. `--rehearse` goes through the same without a GPU, at tiny sizes, with the Triton kernels in their
-interpreter and the loss on the CPU.
+the commit; a part that needs a package that is not installed is left out by name. Bring
+fastdino/libfastdino_cpu.so with the checkout, or loaders crop by Pillow. Each part is a process of its own:
+its result is written as it ends, a failure or a time-out is noted and the next part begins. All parts take
+some 40 minutes: --parts chooses. DIR.tar.gz holds everything in one file to bring back. `--rehearse` runs the
+same list without a GPU, at tiny sizes, with the Triton kernels in their interpreter and the loss on the CPU.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,109 +25,98 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PILLOW = ("PIL", "torchvision")
-UPDATES = (*PILLOW, "rich", "safetensors", "tyro")
-TRAINER = (*UPDATES, "tensorboard", "matplotlib")
-TESTED: dict[str, tuple[str, ...]] = {  # and what they import beyond torch and triton
-    "dino_loss": (),
-    "ema": (),
-    "packed_attention": (),
-    "multi_crop_triton": PILLOW,
-    "crops": PILLOW,
-    "train": TRAINER,
-    "loader": PILLOW,
-    "dali": (*PILLOW, "sklearn", "nvidia"),
-}
-NEEDS = {
-    "tests": ("pytest",),
-    "patch_size": UPDATES,
-    "profile": UPDATES,
-    "means": UPDATES,
-    "sizes": UPDATES,
-    "data": (*TRAINER, "skimage", "sklearn"),
-    "parallel": TRAINER,
+TESTED = {  # files, and the packages that their imports need beyond torch and triton
+    "dino_loss ema packed_attention": (),
+    "multi_crop_triton crops loader": ("PIL", "torchvision"),
+    "train": ("PIL", "torchvision", "rich", "safetensors", "tyro", "tensorboard", "matplotlib"),
+    "dali": ("PIL", "torchvision", "sklearn", "nvidia"),
 }
 # Part, most seconds, module of benchmarks and its arguments.
-OPS = "ops --seconds 4 --rounds 101"
-SIZES = "patch_size --means --loader --compiled"
+OPS = "ops loss --seconds 4 --rounds 101"
+SIZES = "patch_size --optimizations --compiled"
 GPU = f"""
-    headline    120  {OPS} --images 64 --prototypes 65536 --dtypes bfloat16 --archs vit_base
-    profile     150  profile
-    patch_size  300  {SIZES} --archs vit_small --patches 16 8 --minutes 3
-    tests       420
-    means       560  patch_size --archs vit_small --patches 16 --minutes 5
-    sizes       420  {SIZES} --minutes 6
-    data        240  data --count 128 --worker-rounds 2 --parts gpu workers train
-    parallel    420  parallel --ranks 1 --images 64 --updates 8
-    step        420  step --archs vit_small --patches 16 --dtypes bfloat16 --seconds 15
-    ema          60  {OPS} --images --prototypes --dtypes --archs vit_small vit_large
-    batch       120  {OPS} --images 8 16 32 --prototypes 65536 --dtypes bfloat16 --archs
-    float32      90  {OPS} --images 64 --prototypes 65536 --dtypes float32 --archs
-    width       120  {OPS} --images 64 --prototypes 4096 262144 --dtypes bfloat16 --archs
+    tests          420
+    headline       120  {OPS} --images 64 --prototypes 65536 --dtypes bfloat16
+    profile        150  patch_size --profile --archs vit_small --patches 16
+    patch_size     300  {SIZES} --archs vit_small --patches 16 8 --minutes 3
+    optimizations  560  patch_size --archs vit_small --patches 16 --minutes 5
+    sizes          420  {SIZES} --minutes 6
+    loader         240  loader --count 128 --worker-rounds 2 --parts workers
+    distributed    420  distributed --ranks 1 --images 64
+    ema             60  ops ema --archs vit_base vit_small vit_large --seconds 4 --rounds 101
+    attention      120  ops attention linear --seconds 4
+    batch          120  {OPS} --images 8 16 32 --prototypes 65536 --dtypes bfloat16
+    float32         90  {OPS} --images 64 --prototypes 65536 --dtypes float32
+    width          120  {OPS} --images 64 --prototypes 4096 262144 --dtypes bfloat16
 """
-TOY = "--global-size 32 --local-size 16 --out-dim 64 --images 2"
+TINY = "--no-compile --global-size 32 --local-size 16 --local-crops 2 --out-dim 64 --images 2"
+TINY += " --archs vit_nano --patches 8"
 REHEARSED = f"""
-    tests       300
-    loss        120  ops --no-compile --images 2 --rounds 2 --prototypes 512 --archs
-    ema         120  ops --no-compile --images 2 --rounds 2 --prototypes --archs vit_tiny
-    step        300  step --no-compile --archs vit_nano --patches 16 --images 1 --rounds 2
-    data        120  data --quick --parts core
-    patch_size  120  patch_size {TOY} --archs vit_nano --patches 8 --local-crops 2 --means vit_nano --loader
-                     --no-compile --rounds 2 --minutes 1
-    profile     120  profile {TOY} --arch vit_nano --patch 8
-    parallel    240  parallel --ranks 1 --arch vit_nano --small --no-compile --images 2 --updates 2
+    tests          900
+    headline       900  ops loss --no-compile --images 2 --rounds 2 --prototypes 512
+    ema            900  ops ema --rounds 2 --archs vit_tiny
+    profile        900  patch_size --profile {TINY}
+    patch_size     900  patch_size {TINY} --optimizations vit_nano --rounds 2 --minutes 1
+    loader         900  loader --quick --parts core
+    distributed    900  distributed --ranks 1 --arch vit_nano --small --images 2 --updates 2
 """
 
 
 def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
     """Name, most seconds and arguments to Python, in the order of the list above."""
-    found: list[tuple[str, float, list[str]]] = []
-    for part in re.split(r"\n    (?=\w)", (REHEARSED if rehearse else GPU).rstrip())[1:]:
+    found = []
+    for part in (REHEARSED if rehearse else GPU).strip().splitlines():
         name, seconds, *words = part.split()
         if name == "tests":
-            tested = [f"tests/test_{stem}.py" for stem, needs in TESTED.items() if all(map(find_spec, needs))]
-            which = ["-k", "triton and (upstream or layout)"] if rehearse else ["-m", "cuda"]
-            command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tested, *which]
+            stems = " ".join(names for names, needs in TESTED.items() if all(map(find_spec, needs))).split()
+            command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{s}.py" for s in stems)]
+            command += ["-k", "triton and (upstream or layout)"] if rehearse else ["-m", "cuda"]
+            command += ["-n", "12"] if find_spec("xdist") and not rehearse else []
         else:
             device = ["--device", "cpu" if rehearse else "cuda", "--out", str(out / name)]
-            command = ["-m", f"benchmarks.{words[0]}", *device, *words[1:]]
+            command = ["-m", f"benchmarks.{words[0]}", *words[1:], *device]
         found.append((name, float(seconds), command))
     return found
 
 
 def run(command: list[str], env: dict[str, str], log: Path, seconds: float) -> str:
-    """How it ended. What runs out of its time is asked to stop, and then killed, with all that it started."""
+    """How it ended. A part that runs out of time is asked to stop, then killed with all that it started."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)
-            return "ok" if code == 0 else f"failed with {code}, see {log.name}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(10)  # pytest tells what failed
+                process.wait(10)  # pytest reports its failures
             return f"stopped after {seconds:.0f} s, see {log.name}"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+    if code and (
+        missing := re.search(r"^(?:ModuleNotFound|Import)Error: (.*)", log.read_text(), re.MULTILINE)
+    ):
+        return f"left out: {missing[1]}"
+    return "ok" if code == 0 else f"failed with {code}, see {log.name}"
 
 
 def main() -> None:
+    """See the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8, help="after which no part begins or goes on")
-    parser.add_argument("--parts", nargs="*", help="these alone; default: all, in order")
+    parser.add_argument("--parts", nargs="*", help="only these; default: all, in order")
     parser.add_argument("--rehearse", action="store_true", help="the same without a GPU, at tiny sizes")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     out, end = args.out.resolve(), time.monotonic() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
     env = os.environ | ({"TRITON_INTERPRET": "1"} if args.rehearse else {})
-    summary: list[dict[str, Any]] = []
     planned = parts(out, args.rehearse)
+    summary: list[dict[str, Any]] = []
     if unknown := {*(args.parts or ())} - {name for name, *_ in planned}:
         names = " ".join(name for name, *_ in planned)
         parser.error(f"no parts {' '.join(sorted(unknown))}: there are {names}")
@@ -134,18 +124,14 @@ def main() -> None:
         if args.parts and name not in args.parts:
             continue
         start = time.monotonic()
-        seconds = min(limit, end - start)
-        log = out / f"{name}.log"
-        if lacking := [package for package in NEEDS.get(name, ()) if not find_spec(package)]:
-            status = f"left out: not installed: {', '.join(lacking)}"
-        elif seconds < 5:
-            status = "left out: no time"
-        else:
-            status = run([sys.executable, *command], env, log, seconds)
+        seconds, status = min(limit, end - start), "left out: no time"
+        if seconds >= 5:
+            status = run([sys.executable, *command], env, out / f"{name}.log", seconds)
         summary.append({"part": name, "status": status, "seconds": round(time.monotonic() - start, 1)})
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        shutil.make_archive(str(out), "gztar", out.parent, out.name)
         print(f"{name}: {status}", flush=True)
-    if any(not part["status"].startswith(("ok", "left out: not installed")) for part in summary):
+    if any(part["status"].startswith(("failed", "stopped", "left out: no time")) for part in summary):
         raise SystemExit(1)
 
 

@@ -1,313 +1,377 @@
-"""Times the DINO loss and the teacher update beside what else there is, in one interleaved run.
+"""Times fastdino's operations beside what else there is, in one interleaved run.
 
-    python -m benchmarks.ops [--device cuda] [--out DIR]
+    python -m benchmarks.ops [CASE ...] [--device cuda] [--out DIR]
 
-Loss: forward plus backward, with upstream gradient 1 and 0.37, checked against one another first. Variants:
-official DINO's form eager and under torch.compile (temperature as a tensor), lightly's DINOLoss where it is
-installed (float32 only), the closed form in eager PyTorch (impl="torch"), fastdino, and as the limit a copy
-of the ideal bytes: student read once, its gradient written once, teacher read once. No variant updates the
-centre; the closed form and fastdino yield the teacher's mean all the same. On a CPU everything runs twice:
-with the default allocator, and with one that keeps its pages.
+    loss        forward and backward, upstream gradient 0.37: official DINO's form, eager and compiled,
+                lightly's DINOLoss (float32 only), the closed form in eager PyTorch, fastdino, and fastdino
+                writing the gradient over the logits. Ideal bytes: student and teacher read, gradient written
+    center      the centre of a teacher's output
+    sinkhorn    Sinkhorn-Knopp's centring, beside DINOv2's
+    ema         the teacher's moving average over a network and its head; ideal bytes: 12 a parameter
+    attention   of packed crops, forward and backward, beside torch's once for each length
+    linear      the wider layer of an MLP, forward and backward, float32
+    multi_crop  ten crops of each image, beside Pillow's
+    knn         weighted k-NN, beside scikit-learn's brute force and the product of all similarities
+
+Nothing is timed unless the variants of a case compute the same. A case is told by its least
+time. On a CPU all runs twice: with the default allocator, and with one that keeps its pages.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import (
-    ROOT,
-    Clock,
-    Conditions,
-    Row,
-    Timed,
-    folder,
-    interleave,
-    machine,
-    peak_bytes,
-    write,
-)
+from benchmarks import official
+from benchmarks.harness import ROOT, Case, Results, Row, Timed, parser, table
 from fastdino import ops
 
-TITLE = "DINO loss and teacher update"
 V, G = 10, 2
-STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+TEMPS: dict[str, Any] = {"student_temp": official.STUDENT_TEMP, "teacher_temp": official.TEACHER_TEMP}
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+ALLOCATORS = {"allocator keeps pages": KEEP | {"MALLOC_TOP_PAD_": str(2**28)}, "default allocator": {}}
 
 
-def official(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
-) -> Tensor:
-    """Official DINO's loss: 2 V - 2 cross-entropies one by one."""
-    q = torch.softmax((teacher - center) / teacher_temp, -1)
-    terms = [
-        # in float32 as under autocast; the division stays in the logits' precision, as there
-        torch.sum(-q[g] * torch.log_softmax(student[v] / student_temp, -1, dtype=torch.float32), -1).mean()
-        for g in range(len(teacher))
-        for v in range(len(student))
-        if v != g
-    ]
-    return torch.stack(terms).mean()
+def silent(run: Callable[[], object]) -> Callable[[], None]:
+    """A call without a result to compare."""
+
+    def called() -> None:
+        run()
+
+    return called
 
 
-def loss_variants(
-    student: Tensor, teacher: Tensor, center: Tensor, compiled: bool
-) -> dict[str, Callable[[], Tensor]]:
-    """Name to a function that computes the loss of the leaf `student`."""
-    temps = [torch.tensor(x, device=student.device) for x in (STUDENT_TEMP, TEACHER_TEMP)]
-    keywords: Any = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP}
-    variants: dict[str, Callable[[], Tensor]] = {
-        "official eager": lambda: official(student, teacher, center, *temps)
+def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled: bool = False) -> Case:
+    """DINO's loss and its gradient by the student's logits (V, B, K)."""
+    torch._dynamo.reset()  # past eight shapes a function is no longer compiled, without a word
+    logits = torch.randn(V, images, prototypes, device=device).to(getattr(torch, dtype))
+    teacher = torch.randn(G, images, prototypes, device=device).to(logits.dtype)
+    center = torch.randn(prototypes, device=device) * 0.1
+    student, upstream = logits.clone().requires_grad_(), torch.tensor(0.37, device=device)
+    temps: Any = {name: torch.tensor(x, device=device) for name, x in TEMPS.items()}
+
+    def restore() -> None:
+        student.grad = None
+        student.data.copy_(logits)  # in place, the gradient was written over them
+
+    def both(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        # on a view: only logits that are not a leaf may be written over
+        found = forward(student.view_as(student))
+        found.backward(upstream)
+        assert student.grad is not None
+        return found, student.grad
+
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "closed form eager": lambda s: ops.dino_loss(s, teacher, center, **TEMPS, impl="torch"),
+        "official": lambda s: official.cross_entropy(s, teacher, center, **temps),
+        "fastdino": lambda s: ops.dino_loss(s, teacher, center, **TEMPS),
+        "fastdino-in-place": lambda s: ops.dino_loss(s, teacher, center, **TEMPS, inplace_backward=True),
     }
     if compiled:
-        graph = torch.compile(official, dynamic=False)
-        variants["official compiled"] = lambda: graph(student, teacher, center, *temps)
-    if student.dtype == torch.float32 and find_spec("lightly"):
+        graph = torch.compile(official.cross_entropy, dynamic=False)
+        ways["official compiled"] = lambda s: graph(s, teacher, center, **temps)
+    if dtype == "float32" and find_spec("lightly"):
         from lightly.loss import DINOLoss
 
-        lightly = DINOLoss(student.shape[-1], student_temp=STUDENT_TEMP)
-        lightly.center = center.view(1, 1, -1)
-        lightly.update_center = lambda *_: None
-        variants["lightly"] = lambda: lightly(list(teacher), list(student), teacher_temp=TEACHER_TEMP)
-    variants["closed form eager"] = lambda: ops.dino_loss(student, teacher, center, **keywords, impl="torch")
-    variants["fastdino"] = lambda: ops.dino_loss(student, teacher, center, **keywords)
-    return variants
-
-
-def step(variant: Callable[[], Tensor], leaf: Tensor, upstream: Tensor | None) -> Callable[[], None]:
-    def run() -> None:
-        leaf.grad = None
-        variant().backward(upstream)
-
-    return run
-
-
-def check(variants: dict[str, Callable[[], Tensor]], leaf: Tensor) -> None:
-    """Every variant computes the same loss and gradient as the closed form, or nothing is timed."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, variant in variants.items():
-        leaf.grad = None
-        loss = variant()
-        loss.backward()
-        assert leaf.grad is not None
-        found[name] = loss.detach().float(), leaf.grad.float()
-    leaf.grad = None
-    expected = found["closed form eager"]
+        lightly = DINOLoss(prototypes, student_temp=official.STUDENT_TEMP).to(device)
+        lightly.center, lightly.update_center = center.view(1, 1, -1), lambda *_: None
+        ways["lightly"] = lambda s: lightly(list(teacher), list(s), teacher_temp=official.TEACHER_TEMP)
     # the others divide half-precision logits by the temperature in half precision
-    limit = 1e-4 if leaf.dtype == torch.float32 else 0.2
-    for name, both in found.items():
-        off = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(both, expected, strict=True))
-        if not off < (5e-3 if name == "fastdino" else limit):
-            raise SystemExit(f"{name} is off by {off:.1e} of the largest value: nothing was timed")
+    limits = {"": 1e-4 if dtype == "float32" else 0.2, "fastdino": 5e-3, "fastdino-in-place": 5e-3}
+    ideal = (2 * logits.numel() + teacher.numel()) * logits.element_size()
+    variants: Timed = {name: partial(both, way) for name, way in ways.items()}
+    sizes = {"images": images, "prototypes": prototypes, "dtype": dtype}
+    return Case("loss", sizes, variants, limits, setup=restore, bytes=ideal, held=logits.nbytes)
 
 
-def bench_loss(
-    images: int, prototypes: int, dtype: torch.dtype, clock: Clock, device: torch.device, args: Any
-) -> list[Row]:
-    torch._dynamo.reset()  # past eight shapes a function is no longer compiled, without a word
-    student = torch.randn(V, images, prototypes, device=device).to(dtype).requires_grad_()
-    teacher = torch.randn(G, images, prototypes, device=device).to(dtype)
-    center = torch.randn(prototypes, device=device) * 0.1
-    variants = loss_variants(student, teacher, center, args.compile)
-    check(variants, student)
-    ideal = (2 * student.numel() + teacher.numel()) * student.element_size()
-    source = torch.randn(student.numel() + teacher.numel() // 2, device=device).to(dtype)
-    target = torch.empty_like(source)
-    upstream = torch.tensor(0.37, device=device)
-    timed: Timed = {"copy of the ideal bytes": lambda: target.copy_(source)}
-    for name, variant in variants.items():
-        timed[name] = step(variant, student, None)
-        timed[f"{name}, upstream 0.37"] = step(variant, student, upstream)
-    times = interleave(timed, clock, args.seconds, args.rounds)
-    copy = min(times["copy of the ideal bytes"])
-    rows = []
-    for name, ms in times.items():
-        row: Row = {"op": "dino_loss", "variant": name, "B": images, "K": prototypes, "dtype": str(dtype)[6:]}
-        row |= {"min_ms": min(ms), "median_ms": statistics.median(ms), "rounds": len(ms)}
-        row |= {"GB_s": ideal / min(ms) / 1e6, "share_of_copy": copy / min(ms)}
-        if name in variants:
-            # the gradient itself is no extra memory
-            peak = peak_bytes(timed[name], device)
-            row["extra_MB"] = (
-                max(0, peak - student.numel() * student.element_size()) / 1e6 if peak >= 0 else None
-            )
-        rows.append(row)
-    return rows
+def center(images: int, prototypes: int, device: str = "cpu") -> Case:
+    """The centre's movement by a teacher's output whose mean nobody has yet."""
+    from fastdino.loss import DINOLoss
+
+    ours = DINOLoss(prototypes, V, 0.04, 0.04, 0, 1).to(device)
+    teacher = torch.randn(G * images, prototypes, device=device)
+    theirs = torch.zeros(1, prototypes, device=device)
+
+    def fastdino() -> list[Tensor]:
+        ours.update_center(teacher)
+        return [ours.center]
+
+    def plain() -> list[Tensor]:
+        return [theirs.mul_(0.9).add_(torch.sum(teacher, dim=0, keepdim=True) / len(teacher) * 0.1)]
+
+    sizes = {"images": images, "prototypes": prototypes}
+    return Case("center", sizes, {"official": plain, "fastdino": fastdino}, bytes=teacher.nbytes)
 
 
-def parameter_shapes(arch: str) -> list[torch.Size]:
+def sinkhorn(images: int, prototypes: int, device: str = "cpu") -> Case:
+    """DINOv2's gives the probabilities, fastdino's the centre that leads to them."""
+    teacher = 0.3 * torch.randn(G * images, prototypes, device=device)
+    temp = official.TEACHER_TEMP
+    variants: dict[str, Callable[[], Any]] = {
+        "dinov2": lambda: official.sinkhorn(teacher),
+        "fastdino": lambda: ops.sinkhorn_center(teacher, temp),
+    }
+    found = Case("sinkhorn", {"images": images, "prototypes": prototypes}, variants)
+    q = torch.softmax((teacher - variants["fastdino"]()) / temp, -1)
+    found.variants = {name: silent(run) for name, run in variants.items()}
+    if not torch.allclose(q, variants["dinov2"](), rtol=1e-2, atol=1e-6):
+        raise SystemExit("sinkhorn: fastdino's probabilities are not DINOv2's: nothing was timed")
+    return found
+
+
+def ema(arch: str, device: str = "cpu", prototypes: int = 65536) -> Case:
+    """The teacher's moving average over a network's and its head's parameters."""
     from fastdino import vit
     from fastdino.head import DINOHead
 
     with torch.device("meta"):
-        backbone = getattr(vit, arch)(patch_size=16)
-        head = DINOHead(backbone.embed_dim, 65536)
-    return [p.shape for module in (backbone, head) for p in module.parameters()]
-
-
-def bench_ema(arch: str, clock: Clock, device: torch.device, args: Any) -> list[Row]:
-    shapes = parameter_shapes(arch)
-    teacher, student = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
-    momentum, count = 0.996, sum(s.numel() for s in shapes)
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(momentum)
-    source = torch.randn(
-        count * 3 // 2, device=device
-    )  # reads and writes 12 bytes a parameter, like the update
-    target = torch.empty_like(source)
+        backbone = getattr(vit, arch)(16)
+        modules = (backbone, DINOHead(backbone.embed_dim, prototypes))
+    shapes = [p.shape for module in modules for p in module.parameters()]
+    start, student = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
+    teacher = [t.clone() for t in start]
+    momentum, count = official.MOMENTUM, sum(s.numel() for s in shapes)
 
     def loop() -> None:
         for t, s in zip(teacher, student, strict=True):
             t.mul_(momentum).add_((1 - momentum) * s)
 
-    def mul_add() -> None:
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1 - momentum)
-
-    timed: Timed = {
-        "copy of the ideal bytes": lambda: target.copy_(source),
+    ways: dict[str, Callable[[], object]] = {
         "official loop": loop,
-        "foreach mul, add": mul_add,
-        "foreach lerp": lambda: torch._foreach_lerp_(teacher, student, 1 - momentum),
-        "AveragedModel's average": lambda: average(teacher, student, 1),
+        "foreach-lerp": lambda: torch._foreach_lerp_(teacher, student, 1 - momentum),
         "fastdino": lambda: ops.ema_(teacher, student, momentum),
     }
-    with torch.no_grad():
-        times = interleave(timed, clock, args.seconds, args.rounds)
-    copy = min(times["copy of the ideal bytes"])
-    return [
-        {"op": "ema", "variant": name, "arch": arch, "parameters": count, "rounds": len(ms)}
-        | {"min_ms": min(ms), "median_ms": statistics.median(ms)}
-        | {"GB_s": 12 * count / min(ms) / 1e6, "share_of_copy": copy / min(ms)}
-        for name, ms in times.items()
-    ]
+
+    @torch.no_grad()
+    def run(way: Callable[[], object]) -> list[Tensor]:
+        way()
+        return teacher
+
+    def restore() -> None:
+        torch._foreach_copy_(teacher, start)
+
+    variants: Timed = {name: partial(run, way) for name, way in ways.items()}
+    sizes = {"arch": arch, "parameters": count}
+    return Case("ema", sizes, variants, {"": 1e-5}, reset=restore, bytes=12 * count)
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, one block for each problem, with the factor by which fastdino is faster."""
-    out: list[str] = []
-    keys = ("allocator", "op", "arch", "B", "K", "dtype")
-    problems = list(dict.fromkeys(tuple((k, r[k]) for k in keys if k in r) for r in rows))
-    for problem in problems:
-        mine = [r for r in rows if all(r.get(k) == x for k, x in problem)]
-        best = next(r for r in mine if r["variant"] == "fastdino")
-        out += ["", "**" + ", ".join(f"{k} {x}" if k in "BK" else f"{x}" for k, x in problem) + "**", ""]
-        out += [
-            "| variant | min ms | median ms | time / ours | GB/s of ideal bytes | of the copy | extra MB |"
+def per_run(
+    qkv: Tensor,
+    runs: Sequence[tuple[int, int]],
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """torch's attention once for each length."""
+    outs = []
+    for part, run in zip(qkv.split([a * b for a, b in runs]), runs, strict=True):
+        q, k, v = part.unflatten(0, run).permute(2, 0, 3, 1, 4).unbind(0)
+        outs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+def attention(images: int, patch: int, dtype: str, device: str = "cpu", heads: int = 6) -> Case:
+    """Of packed crops of 224 and 96 pixels, forward and backward."""
+    runs = ((2 * images, (224 // patch) ** 2 + 1), (8 * images, (96 // patch) ** 2 + 1))
+    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
+    leaf = torch.randn(sum(a * b for a, b in runs), 3, heads, 64, **kind).requires_grad_()
+    upstream = torch.randn_like(leaf[:, 0])
+
+    def both(way: Callable[[Tensor, Any], Tensor]) -> list[Tensor]:
+        out = way(leaf, runs)
+        return [out, *torch.autograd.grad(out, leaf, upstream)]
+
+    variants = {"torch": lambda: both(per_run), "fastdino": lambda: both(ops.attention)}
+    sizes = {"images": images, "patch": patch, "dtype": dtype}
+    return Case("attention", sizes, variants, {"": 1e-4 if dtype == "float32" else 2e-2})
+
+
+def linear(tokens: int, width: int = 384, device: str = "cpu") -> Case:
+    """The wider layer of an MLP over the tokens of some images, forward and backward, float32."""
+    shapes = (tokens, width), (4 * width, width), (4 * width,)
+    inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    upstream = torch.randn(tokens, 4 * width, device=device)
+
+    def both(way: Callable[..., Tensor]) -> list[Tensor]:
+        out = way(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+    variants = {"torch": lambda: both(F.linear), "fastdino": lambda: both(ops.linear)}
+    return Case("linear", {"tokens": tokens, "width": width}, variants)
+
+
+def photograph(seed: int, width: int = 500, height: int = 375) -> Any:
+    """Something as smooth and as grainy as a photograph."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
+    noise = rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
+
+
+def multi_crop(images: int) -> Case:
+    """Ten crops of each image on a CPU: one image after another as a loader's worker, and all in one call."""
+    from fastdino.config import CropPolicy
+    from fastdino.data import crops
+
+    policy, pictures = CropPolicy(), [photograph(i) for i in range(images)]
+
+    def draw() -> list[list[crops.View]]:
+        return [crops.draw(policy, 0, 0, i, picture.size) for i, picture in enumerate(pictures)]
+
+    drawn, pixels = draw(), [crops.pixels(picture) for picture in pictures]
+    parameters = torch.stack([crops.encode(views) for views in drawn])
+    out = [torch.empty(images, 3, view.size, view.size, dtype=torch.uint8) for view in drawn[0]]
+
+    def pillow() -> list[Tensor]:
+        rendered = [[crops.render(p, v) for v in views] for p, views in zip(pictures, drawn, strict=True)]
+        return [torch.stack([crops.to_tensor(x) for x in views]) for views in zip(*rendered, strict=True)]
+
+    def by_image() -> list[Tensor]:
+        for i, (picture, views) in enumerate(zip(pictures, draw(), strict=True)):
+            crops.render_into(picture, views, [x[i : i + 1] for x in out])
+        return out
+
+    def at_once() -> list[Tensor]:
+        ops.multi_crop(pixels, parameters, out)
+        return out
+
+    variants = {"pillow": pillow, "fastdino": by_image, "fastdino, decoded images at once": at_once}
+    return Case("multi_crop", {"images": images}, variants, {"": 0.0})
+
+
+def knn(train: int, test: int, classes: int, dim: int = 384, rivals: bool = True) -> Case:
+    """Noisy features about a centre a class; accuracy of the 20 nearest, which near ties decide a little."""
+    from fastdino.eval.knn import KS, TEMPERATURE, knn_accuracy
+
+    centres, counts = torch.randn(classes, dim), (train, test)
+    labels, truth = (torch.randint(classes, (n,)) for n in counts)
+    features, queries = (centres[x] + 3 * torch.randn(len(x), dim) for x in (labels, truth))
+
+    def ours(ks: tuple[int, ...]) -> list[Tensor]:
+        return [torch.tensor(knn_accuracy(features, labels, queries, truth, ks=ks)[ks[0]])]
+
+    variants: dict[str, Callable[[], Any]] = {
+        "fastdino": lambda: ours((20,)),
+        "fastdino, k = 10 20 100 200": silent(lambda: ours(KS)),
+        "matrix-product": silent(lambda: [part @ features.T for part in queries.split(512)]),
+    }
+    if rivals and find_spec("sklearn"):
+        from sklearn.neighbors import KNeighborsClassifier
+
+        theirs: Any = KNeighborsClassifier(
+            min(20, train),
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / TEMPERATURE),
+        ).fit(features.numpy(), labels.numpy())
+
+        def scikit_learn() -> list[Tensor]:
+            return [torch.tensor(100 * (theirs.predict(queries.numpy()) == truth.numpy()).mean())]
+
+        variants["scikit-learn"] = scikit_learn
+    sizes = {"train": train, "test": test, "dim": dim, "classes": classes}
+    return Case("knn", sizes, variants, {"": 1e-3})
+
+
+CASES = ("loss", "center", "sinkhorn", "ema", "attention", "linear", "multi_crop", "knn")
+ON_CPU = ("multi_crop", "knn")
+
+
+def cases(args: argparse.Namespace) -> Iterator[Callable[[], Case]]:
+    """Those asked for, each made when it is called."""
+    on = {"device": args.device}
+    sizes = [(b, k) for k in args.prototypes for b in args.images]
+    found: dict[str, list[Callable[[], Case]]] = {
+        "loss": [partial(loss, *s, d, compiled=args.compile, **on) for s in sizes for d in args.dtypes],
+        "center": [partial(center, *size, **on) for size in sizes[:1]],
+        "sinkhorn": [partial(sinkhorn, *size, **on) for size in sizes[:1]],
+        "ema": [partial(ema, arch, **on) for arch in args.archs],
+        "attention": [
+            partial(attention, images, patch, dtype, **on)
+            for patch, images in ((16, 4), (8, 1))
+            for dtype in args.dtypes
+        ],
+        "linear": [partial(linear, 2760, **on)],
+        "multi_crop": [partial(multi_crop, 16)],
+        "knn": [partial(knn, *args.knn)],
+    }
+    names = [name for name in args.cases or CASES if args.device == "cpu" or name not in ON_CPU]
+    return (make for name in names for make in found[name])
+
+
+def text(rows: list[Row]) -> str:
+    """A table for each case."""
+    out = []
+    for key in dict.fromkeys(str((r.get("allocator", ""), r["op"], r["sizes"])) for r in rows):
+        mine = [r for r in rows if str((r.get("allocator", ""), r["op"], r["sizes"])) == key]
+        sizes = ", ".join(f"{name} {value}" for name, value in mine[0]["sizes"].items())
+        title = ", ".join(filter(None, (mine[0].get("allocator", ""), mine[0]["op"], sizes)))
+        cells = [
+            {"least ms": r["ms"]["low"], "median": r["ms"], "time / fastdino's": r["times_fastdino"]}
+            | {"GB/s of ideal bytes": r.get("GB_s"), "share of the copy": r.get("share_of_copy")}
+            | {"extra MB": r.get("extra_MB")}
+            for r in mine
         ]
-        out += ["|---|--:|--:|--:|--:|--:|--:|"]
-        for r in mine:
-            extra = "" if r.get("extra_MB") is None else f"{r['extra_MB']:.1f}"
-            times = f"{r['min_ms']:.3f} | {r['median_ms']:.3f} | {r['min_ms'] / best['min_ms']:.2f}"
-            out.append(f"| {r['variant']} | {times} | {r['GB_s']:.1f} | {r['share_of_copy']:.0%} | {extra} |")
-    return "\n".join(out) + "\n"
+        out.append(table(title, mine, "variant", cells))
+    return "\n".join(out)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    loss = [r for r in rows if r["op"] == "dino_loss" and "upstream" not in r["variant"]]
-    problems = list(dict.fromkeys((r.get("allocator", ""), r["K"], r["B"], r["dtype"]) for r in loss))
-    names = list(dict.fromkeys(r["variant"] for r in loss))
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.9 * len(problems)))
-    for j, name in enumerate(names):
-        shown = {
-            (r.get("allocator", ""), r["K"], r["B"], r["dtype"]): r["GB_s"]
-            for r in loss
-            if r["variant"] == name
-        }
-        at = [i + 0.8 * (j / len(names) - 0.5) for i in range(len(problems))]
-        axis.barh(at, [shown.get(p, 0) for p in problems], height=0.8 / len(names), label=name)
-    axis.set_yticks(range(len(problems)), [f"{a}\nK {k}, B {b}, {d}".strip() for a, k, b, d in problems])
-    axis.set_xlabel("GB/s of ideal bytes, forward plus backward (best round)")
-    axis.invert_yaxis()
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def measure(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
-    about, conditions, clock = machine(device), Conditions(), Clock(device, ahead=True)
-    rows: list[Row] = []
-    problems = [
-        partial(bench_loss, b, k, getattr(torch, d), clock, device, args)
-        for k in args.prototypes
-        for b in args.images
-        for d in args.dtypes
-    ]
-    problems += [partial(bench_ema, a, clock, device, args) for a in args.archs]
-    for problem in problems:
+def measure(args: argparse.Namespace, results: Results) -> None:
+    """All cases in this process."""
+    for make in cases(args):
         torch.manual_seed(0)
-        found = [{"allocator": args.allocator} | r if args.allocator else r for r in problem()]
-        rows += found
-        write(TITLE, rows, about | conditions.describe(), table(rows), args.out)
-        print(table(found), flush=True)
+        rows = make().measure(torch.device(args.device), args.seconds, args.rounds)
+        results.add([{"allocator": args.allocator} | r if args.allocator else r for r in rows])
+
+
+def both_allocators(results: Results) -> None:
+    """All cases in a process for each allocator."""
+    for allocator, env in ALLOCATORS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            again = [sys.executable, "-m", "benchmarks.ops", *sys.argv[1:], "--out", scratch]
+            subprocess.run([*again, "--allocator", allocator], cwd=ROOT, env=os.environ | env, check=True)
+            found = json.loads(Path(scratch, "results.json").read_text())
+        conditions = {k: v for k, v in found["about"].items() if k in results.conditions.describe()}
+        results.rows += found["rows"]
+        results.write(results.about | {allocator: conditions})  # a stop loses only the second half
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE")
-    parser.add_argument("--images", type=int, nargs="*", default=[64, 32, 16, 8])
-    parser.add_argument("--prototypes", type=int, nargs="*", default=[65536, 4096, 262144])
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--archs", nargs="*", default=["vit_small", "vit_base", "vit_large"])
-    parser.add_argument("--seconds", type=float, default=10, help="of timing for each problem")
-    parser.add_argument("--rounds", type=int, default=31, help="at most, for each problem")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    args.out = args.out or folder(device)
-    if device.type == "cuda" or args.allocator:
-        measure(args)
+    """See the module's docstring."""
+    arguments = parser(__doc__, "ops")
+    add = arguments.add_argument
+    add("cases", nargs="*", metavar="CASE", help="default: all")
+    add("--images", type=int, nargs="*", default=[64, 32, 16, 8], help="of loss, center, sinkhorn")
+    add("--prototypes", type=int, nargs="*", default=[65536, 4096, 262144])
+    add("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    add("--archs", nargs="*", default=["vit_small", "vit_base", "vit_large"], help="of ema")
+    add("--knn", type=int, nargs=3, default=[100_000, 10_000, 1000], metavar=("TRAIN", "TEST", "CLASSES"))
+    add("--seconds", type=float, default=10, help="of timing for each problem")
+    add("--rounds", type=int, default=31, help="at most, for each problem")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--allocator", help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if unknown := {*args.cases} - {*CASES}:
+        arguments.error(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+    results = Results("fastdino's operations", text, args)
+    if args.device == "cpu" and not args.allocator:
+        both_allocators(results)
     else:
-        keep = {
-            "MALLOC_MMAP_THRESHOLD_": str(2**40),
-            "MALLOC_TRIM_THRESHOLD_": str(2**40),
-            "MALLOC_TOP_PAD_": str(2**28),
-        }
-        merged: list[Row] = []
-        about: Row = {}
-        for allocator, env in (("allocator keeps pages", keep), ("default allocator", {})):
-            part = args.out / allocator.split()[0]
-            again = [
-                sys.executable,
-                "-m",
-                "benchmarks.ops",
-                *sys.argv[1:],
-                "--out",
-                part,
-                "--allocator",
-                allocator,
-            ]
-            subprocess.run(again, cwd=ROOT, env=os.environ | env, check=True)
-            result = json.loads((part / "results.json").read_text())
-            merged += result["rows"]
-            conditions = {k: v for k, v in result["about"].items() if k in Conditions().describe()}
-            about |= machine(device) | {allocator: conditions}
-            for file in part.iterdir():
-                file.unlink()
-            part.rmdir()
-            write(TITLE, merged, about, table(merged), args.out)  # a stop loses the second half alone
-    rows = json.loads((args.out / "results.json").read_text())["rows"]
-    if not args.allocator and find_spec("matplotlib") and any(r["op"] == "dino_loss" for r in rows):
-        plot(rows, args.out / "plot.png")
-    print(f"written to {args.out}")
+        measure(args, results)
+    if not args.allocator:
+        print(f"written to {results.out}")
 
 
 if __name__ == "__main__":

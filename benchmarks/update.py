@@ -1,43 +1,41 @@
-"""Whole DINO updates as others write them and as fastdino makes them, on one set of tensors, and their check.
+"""Whole updates of one problem, official DINO's, lightly's and `fastdino.Update`, and their check.
 
-An update is called with crops, the two global ones first, and with a function that is told when a part ends.
-All variants of a problem share parameters, centre and the state of their optimisers: weights need no copies,
-and what one variant needs beyond them can be measured beside the others.
+All variants of a problem share parameters, centre and the optimisers' moments: weights need no copies, and
+the memory that a variant needs beyond them can be measured beside the others.
 """
 
-import copy
 import functools
-import math
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ops as official_ops
-from benchmarks import step as official_step
-from benchmarks.measure import Row
+from benchmarks import official
+from benchmarks.harness import Row
+from benchmarks.official import MOMENTUM, STUDENT_TEMP, TEACHER_TEMP
+from benchmarks.ops import per_run
 from fastdino import optim, vit
 from fastdino.backbones import build_backbone
 from fastdino.config import PRESETS, Config, CropPolicy, DataConfig, ModelConfig, OptimConfig, RunConfig
-from fastdino.dino import DINO, MultiCrop
+from fastdino.data.crops import normalize
+from fastdino.data.feed import Piece
+from fastdino.dino import DINO
 from fastdino.head import DINOHead
-from fastdino.ops import packed_attention
 from fastdino.ops.packed_attention import PLAIN_SCORES, attention_ref, class_tokens
-from fastdino.parallel import parallelize
-from fastdino.train import choose_precision, step_seed
+from fastdino.optim import StepSettings
+from fastdino.update import Update, choose_precision
+from tests.counting import CountSyncs
 
-Mark = Callable[[str], None]
 PARTS = ("teacher forward", "student forward", "loss", "backward", "clip", "optimiser", "EMA, centre")
-MEANS = (
+OPTIMIZATIONS = (
     "fused loss",
     "fused EMA",
     "packing",
@@ -49,9 +47,6 @@ MEANS = (
     "skipped work",
 )
 ONLY_VIT = ("packing", "attention kernel", "skipped work")
-STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
-MOMENTUM = 0.996
-EPOCH = 1  # past the first, in which the prototypes are frozen
 
 
 @dataclass(frozen=True)
@@ -67,25 +62,26 @@ class Problem:
 
     @property
     def name(self) -> str:
+        """As in vit_small/16."""
         return f"{self.arch}/{self.patch}" if self.patch else self.arch
 
-    @property
-    def sides(self) -> list[int]:
-        return [self.sizes[0]] * 2 + [self.sizes[1]] * self.local_crops
-
     def crops(self, images: int, device: torch.device) -> list[Tensor]:
-        return [torch.randn(images, 3, side, side, device=device) for side in self.sides]
+        """Random uint8 crops (images, 3, side, side), as a loader sends them, the two global ones first."""
+        sides = [self.sizes[0]] * 2 + [self.sizes[1]] * self.local_crops
+        shapes = [(images, 3, side, side) for side in sides]
+        return [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for shape in shapes]
 
-    def config(self) -> Config:
+    def config(self, **run: Any) -> Config:
+        """fastdino's configuration, with its defaults but for what `run` says."""
         size, local = self.sizes
         crops = CropPolicy(
             global_crops_size=size, local_crops_size=local, local_crops_number=self.local_crops
         )
         model = ModelConfig(arch=self.arch, patch_size=self.patch or 16, out_dim=self.out_dim)
-        recipe = OptimConfig() if self.patch else PRESETS["resnet50"][1].optim
-        return Config(
-            data=DataConfig(crops=crops), model=model, optim=replace(recipe, batch_size=self.images)
+        recipe = replace(
+            OptimConfig() if self.patch else PRESETS["resnet50"][1].optim, batch_size=self.images
         )
+        return Config(data=DataConfig(crops=crops), model=model, optim=recipe, run=RunConfig(**run))
 
 
 @functools.cache
@@ -97,7 +93,7 @@ def model_flops(problem: Problem) -> float:
     total = 0.0
     with torch.device("meta"):
         backbone: Any = build_backbone(problem.config().model, problem.sizes[0])
-        network: Any = official_step.Official(backbone) if problem.patch else backbone
+        network = official.Backbone(backbone) if problem.patch else backbone
         for side, crops, passes in zip(problem.sizes, (2, problem.local_crops), (4, 3), strict=True):
             with FlopCounterMode(display=False) as count:
                 features = network(torch.empty(2, 3, side, side))  # batch norm wants more than one
@@ -106,34 +102,60 @@ def model_flops(problem: Problem) -> float:
     return total
 
 
+def settings_of(config: Config) -> StepSettings:
+    """Of an update past the first epoch, in which the prototypes are frozen."""
+    cfg = config.optim
+    no: Any = dict.fromkeys(("freeze_last_layer", "freeze_backbone", "begins_epoch", "ends_epoch"), False)
+    rates: Any = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay, "momentum": MOMENTUM}
+    return StepSettings(step=0, epoch=1, teacher_temp=TEACHER_TEMP, **rates, **no)
+
+
 class Shared:
-    """What all variants of a problem share: the tensors of a DINO that itself is not run, and optimisers."""
+    """The tensors that all variants of a problem share: those of a DINO that is not run, and moments."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
-        self.config, self.device, self.vit = problem.config(), device, problem.patch > 0
-        cfg = self.config.optim
-        self.clip = cfg.clip_grad
+        self.problem, self.config, self.device = problem, problem.config(), device
+        cfg, self.vit = self.config.optim, problem.patch > 0
         self.dino = DINO(self.config).to(device).train()
-        groups = optim.param_groups(self.dino.student)
-        plain: torch.optim.Optimizer = (
-            torch.optim.SGD(groups, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW(groups)
-        )
-        self.optimizers = {"fused": optim.make_optimizer(self.dino.student, cfg), "plain": plain}
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = optim.peak_lr(cfg)
-            optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+        self.fused = optim.make_optimizer(self.dino.student, cfg)
+        self.plain = self.plain_optimizer(self.dino.student)
+        self.settings = settings_of(self.config)
         self.reset()
+
+    def plain_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
+        """torch's optimiser as it comes, of a student; on the shared moments."""
+        cfg, groups = self.config.optim, official.param_groups(student)
+        options: Any = {"lr": optim.peak_lr(cfg), "weight_decay": cfg.weight_decay}
+        found: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, momentum=0.9, **options)
+            if cfg.optimizer == "sgd"
+            else torch.optim.AdamW(groups, **options)
+        )
+        for p, state in zip(parameters(found), self.states(), strict=True):
+            found.state[p] = state | ({"step": torch.zeros(())} if "step" in state else {})
+        return found
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """The fused optimiser's, in the order of its parameters."""
+        return [self.fused.state[p] for p in parameters(self.fused)]
+
+    def lend(self, update: Update) -> None:
+        """Have fastdino's update use the shared tensors in place of its own."""
+        own, shared = ((*d.parameters(), *d.buffers()) for d in (update.dino, self.dino))
+        for x, y in zip(own, shared, strict=True):
+            x.data = y.data
+        for p, state in zip(parameters(update.optimizer), self.states(), strict=True):
+            update.optimizer.state[p] = state
 
     @torch.no_grad()
     def reset(self) -> None:
-        """The same start every time: attention is not flat, the student is not its teacher, no state."""
+        """The same start every time: attention is not flat, the student is not its teacher, no moments."""
         numbers = torch.Generator(self.device).manual_seed(0)
         students = dict(self.dino.student.named_parameters())
         for name, t in self.dino.teacher.named_parameters():
             if name.endswith("weight_g"):
                 continue  # stays 1
-            # matrices keep the size of what they are given, norms are near the identity
+            # matrices keep the size of their input, norms are near the identity
             bound = 1.7 * (t[0].numel() ** -0.5 if t.ndim > 1 else 0.1)
             t.uniform_(-bound, bound, generator=numbers)
             students[name].uniform_(-0.2 * bound, 0.2 * bound, generator=numbers).add_(t)
@@ -143,335 +165,84 @@ class Shared:
                 t.add_(1).mul_(start)
                 students[name].add_(1).mul_(start)
         self.dino.loss.center.normal_(0.0, 0.02, generator=numbers)
-        for state in (s for optimizer in self.optimizers.values() for s in optimizer.state.values()):
+        for state in (*self.states(), *self.plain.state.values()):
             for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
-        self.drop_gradients()
+                value.zero_()
 
-    def make_state(self) -> None:
-        """The optimisers', which else comes with the first update."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad = torch.zeros_like(p)
-            optimizer.step()
-        self.reset()
-
-    def drop_gradients(self) -> None:
-        self.dino.student.zero_grad(set_to_none=True)
-
-    def held(self, optimizer: torch.optim.Optimizer) -> int:
+    def held(self) -> int:
         """Bytes that last from one update to the next."""
-        state = [x for its in optimizer.state.values() for x in its.values() if isinstance(x, Tensor)]
+        state = [x for each in self.states() for x in each.values()]
         return sum(x.nbytes for x in (*self.dino.parameters(), *self.dino.buffers(), *state))
 
 
-def per_size(network: Callable[[Tensor], Tensor], crops: list[Tensor]) -> Tensor:
-    """A pass for each size of crop."""
-    sides = dict.fromkeys(x.shape[-1] for x in crops)
-    return torch.cat([network(torch.cat([x for x in crops if x.shape[-1] == side])) for side in sides])
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All of an optimiser's."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-# Official DINO.
+# fastdino less some of its optimizations.
 
 
-class OfficialBlock(official_step.OfficialBlock):
-    """With the drop rate in a tensor: the check, which sets it to 0, runs the graph that is timed."""
+class Without(Update):
+    """fastdino's update with some of its optimizations taken away."""
 
-    def __init__(self, block: Any) -> None:
-        super().__init__(block)
-        self.register_buffer("rate", torch.tensor(self.drop_rate, device=block.norm1.weight.device))
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.drop_rate == 0:
-            return x
-        keep: Tensor = 1 - self.rate  # type: ignore[operator, assignment]
-        mask = (keep + torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device)).floor()
-        return x / keep * mask.clamp(max=1)  # bfloat16 rounds 1 + 0.998 to 2
-
-
-class OfficialNetwork(nn.Module):
-    """Backbone and head over crops of several sizes."""
-
-    def __init__(self, ours: MultiCrop) -> None:
-        super().__init__()
-        self.backbone: Any = ours.backbone
-        if isinstance(ours.backbone, vit.VisionTransformer):
-            self.backbone = official_step.Official(ours.backbone)
-            self.backbone.blocks = nn.ModuleList(OfficialBlock(block) for block in ours.backbone.blocks)
-        head: Any = ours.head
-        layers = (official_step.plain(x) if isinstance(x, nn.Linear) else x for x in head.mlp)
-        self.mlp, self.last = nn.Sequential(*layers), head.last_layer
-
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        x = F.normalize(self.mlp(per_size(self.backbone, crops)), dim=-1)
-        return F.linear(x, torch._weight_norm(self.last.weight_v, self.last.weight_g, 0))
-
-
-def clip_with_syncs(student: nn.Module, limit: float) -> float:
-    """As published: each tensor by its own norm, which the host reads, and waits for again to compare."""
-    squares = 0.0
-    for p in student.parameters():
-        if p.grad is not None:
-            norm = p.grad.norm(2)
-            squares += norm.item() ** 2
-            factor = limit / (norm + 1e-6)
-            if factor < 1:
-                p.grad.mul_(factor)
-    return math.sqrt(squares)
-
-
-@torch.no_grad()
-def ema_loop(teacher: nn.Module, student: nn.Module) -> None:
-    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-        t.mul_(MOMENTUM).add_((1 - MOMENTUM) * s)
-
-
-class Official:
-    """Official DINO's update."""
-
-    per_tensor = True  # clips each gradient by its own norm
-
-    def __init__(self, its: Shared, dtype: torch.dtype, compiled: bool = False) -> None:
-        self.its, self.dtype, self.compiled = its, dtype, compiled
-        self.optimizer = its.optimizers["plain"]
-        self.scaler = torch.amp.GradScaler(its.device.type, enabled=dtype == torch.float16)
-        self.student, self.teacher = self.networks()
-        self.loss: Any = official_ops.official
-        if compiled:
-            self.student.compile(dynamic=False)
-            self.teacher.compile(dynamic=False)
-            self.loss = torch.compile(official_ops.official, dynamic=False)
-
-    def networks(self) -> tuple[nn.Module, nn.Module]:
-        return OfficialNetwork(self.its.dino.student), OfficialNetwork(self.its.dino.teacher)
-
-    def still(self, still: bool) -> None:
-        """Turn stochastic depth off, or on again."""
-        for block in self.student.modules():
-            if isinstance(block, OfficialBlock):
-                block.rate.fill_(0.0 if still else block.drop_rate)  # type: ignore[operator]
-
-    def cross_entropy(self, student: Tensor, teacher: Tensor, views: int) -> Tensor:
-        s, t = student.unflatten(0, (views, -1)), teacher.unflatten(0, (2, -1))
-        return self.loss(s, t, self.its.dino.loss.center[0], STUDENT_TEMP, TEACHER_TEMP)
-
-    def clip(self) -> None:
-        clip_with_syncs(self.its.dino.student, self.its.clip)
-
-    @torch.no_grad()
-    def move(self, teacher: Tensor) -> None:
-        ema_loop(self.its.dino.teacher, self.its.dino.student)
-        center = self.its.dino.loss.center
-        center.copy_(center * 0.9 + teacher.mean(dim=0, keepdim=True) * (1 - 0.9))
-
-    def __call__(self, crops: list[Tensor], mark: Mark) -> Tensor:
-        with torch.autocast(self.its.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            teacher = self.teacher(crops[:2])
-            mark("teacher forward")
-            student = self.student(crops)
-            mark("student forward")
-            loss = self.cross_entropy(student, teacher, len(crops))
-        if not math.isfinite(loss.item()):
-            raise SystemExit("the loss is not finite: nothing was timed")
-        mark("loss")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        mark("backward")
-        self.scaler.unscale_(self.optimizer)
-        self.clip()
-        mark("clip")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        mark("optimiser")
-        self.move(teacher)
-        loss.item()  # for the log
-        synchronize(loss.device)
-        mark("EMA, centre")
-        return loss
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# lightly.
-
-
-class LightlyNetwork(nn.Module):
-    """timm's ViT, or torchvision's ResNet, and lightly's head."""
-
-    def __init__(self, ours: Any, drop_path_rate: float) -> None:
-        from lightly.models.modules import DINOProjectionHead
-
-        super().__init__()
-        self.backbone, self.patch = ours.backbone, 1
-        out_dim, bottleneck = ours.head.last_layer.weight_v.shape
-        width, hidden = ours.head.mlp[0].in_features, ours.head.mlp[0].out_features
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # the old weight_norm
-            self.head = DINOProjectionHead(width, hidden, bottleneck, out_dim)
-        adopt(self.head, {n.replace("mlp.", "layers."): p for n, p in ours.head.named_parameters()})
-        if isinstance(ours.backbone, vit.VisionTransformer):
-            self.patch = ours.backbone.patch_size
-            self.backbone = timm_vit(ours.backbone, drop_path_rate)
-
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        # timm takes whole patches alone; a strided convolution leaves the same pixels out
-        whole = [x.shape[-1] // self.patch * self.patch for x in crops]
-        return self.head(per_size(self.backbone, [x[..., :n, :n] for x, n in zip(crops, whole, strict=True)]))
-
-
-def timm_vit(ours: vit.VisionTransformer, drop_path_rate: float) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    with torch.device("meta"):
-        network = VisionTransformer(
-            img_size=ours.grid[0] * ours.patch_size,
-            patch_size=ours.patch_size,
-            embed_dim=ours.embed_dim,
-            depth=len(ours.blocks),
-            num_heads=ours.num_heads,
-            num_classes=0,
-            dynamic_img_size=True,
-            drop_path_rate=drop_path_rate,
-        )
-    adopt(network, dict(ours.named_parameters()))
-    return network
-
-
-def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Have a module use these in the place of its own, by their names."""
-    own = {name for name, _ in module.named_parameters()}
-    if own != parameters.keys():
-        raise SystemExit(f"other parameters than fastdino's: {sorted(own ^ parameters.keys())}")
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, parameter)
-
-
-class Lightly(Official):
-    """lightly's parts in the place of official DINO's."""
-
-    per_tensor = False
-
-    def networks(self) -> tuple[nn.Module, nn.Module]:
-        from lightly.loss import DINOLoss
-
-        self.criterion = DINOLoss(self.its.config.model.out_dim).to(self.its.device)
-        dino, rate = self.its.dino, self.its.config.model.drop_path_rate
-        return LightlyNetwork(dino.student, rate), LightlyNetwork(dino.teacher, 0.0)
-
-    def still(self, still: bool) -> None:
-        if self.its.vit:
-            self.student.train(not still)
-
-    def cross_entropy(self, student: Tensor, teacher: Tensor, views: int) -> Tensor:
-        self.criterion.center = self.its.dino.loss.center[None]
-        return self.criterion(list(teacher.chunk(2)), list(student.chunk(views)), teacher_temp=TEACHER_TEMP)
-
-    def clip(self) -> None:
-        nn.utils.clip_grad_norm_(self.its.dino.student.parameters(), self.its.clip)
-
-    def move(self, teacher: Tensor) -> None:
-        from lightly.models.utils import update_momentum
-
-        update_momentum(self.student, self.teacher, m=MOMENTUM)
-        self.its.dino.loss.center.copy_(self.criterion.center[0])
-
-
-# fastdino.
-
-
-class Ours:
-    """fastdino's update, as its trainer makes it, less the means in `taken`."""
-
-    per_tensor = True
-
-    def __init__(self, its: Shared, dtype: torch.dtype, taken: tuple[str, ...] = ()) -> None:
-        self.its, self.taken, self.steps = its, taken, 0
-        self.dtype = torch.float32 if "half precision" in taken else dtype
-        tensors = (*its.dino.parameters(), *its.dino.buffers())
-        self.dino: Any = copy.deepcopy(its.dino, {id(x): x for x in tensors})  # of modules alone
-        self.student, self.teacher = self.dino.student, self.dino.teacher
-        self.compiled = ("compile" in taken) != (its.device.type == "cuda")
-        run = RunConfig(
-            compile="on" if self.compiled else "off",
-            attention="sdpa" if "attention kernel" in taken else "auto",
-        )
-        for network in (self.student, self.teacher):
-            if "skipped work" in taken:
-                for block in network.backbone.blocks:
+    def __init__(self, shared: Shared, without: tuple[str, ...], **run: Any) -> None:
+        self.without, self.shared = without, shared
+        if "attention kernel" in without:
+            run["attention"] = "sdpa"
+        super().__init__(shared.problem.config(**run), shared.device)
+        for network in (self.dino.student, self.dino.teacher):
+            backbone: Any = network.backbone
+            for block in backbone.blocks if shared.vit else ():
+                if "skipped work" in without:
                     block.__class__ = WholeBlock
-            if "packing" in taken:
-                network.forward = MethodType(forward_per_size, network)
-            parallelize(network, run, its.device, self.dtype, trained=network is self.student)
-        if "fused loss" in taken:
-            self.dino.loss.cross_entropy = MethodType(official_cross_entropy, self.dino.loss)
-        if "fused EMA" in taken:
-            self.dino.update_teacher = lambda momentum: ema_loop(self.teacher, self.student)
-        self.optimizer = its.optimizers["plain" if "fused optimiser" in taken else "fused"]
-        self.scaler = torch.amp.GradScaler(its.device.type, enabled=self.dtype == torch.float16)
-        self.mark: Mark = lambda part: None
-        self.teacher.register_forward_hook(lambda *_: self.mark("teacher forward"))
-        self.student.register_forward_hook(lambda *_: self.mark("student forward"))
+                if "attention kernel" in without:
+                    block.attn.__class__ = PlainAttention
+            if "packing" in without:
+                network.forward = MethodType(forward_per_size, network)  # type: ignore[method-assign]
+        if "fused loss" in without:
+            self.dino.loss.cross_entropy = partial(official_loss, self.dino.loss)  # type: ignore[method-assign]
+        shared.lend(self)
+        if "fused optimiser" in without:
+            self.optimizer = shared.plain_optimizer(self.dino.student)
 
-    def still(self, still: bool) -> None:
-        if self.its.vit:
-            self.student.train(not still)
+    def __call__(self, pieces: Any, settings: StepSettings) -> Tensor:
+        """With official DINO's two reads of the loss."""
+        row = super().__call__(pieces, settings)
+        for _ in range(2 * ("no syncs" in self.without)):
+            row[0].item()
+        return row
 
-    def __call__(self, crops: list[Tensor], mark: Mark) -> Tensor:
-        if "attention kernel" not in self.taken:
-            return self.update(crops, mark)
-        with mock.patch.object(packed_attention, "_sdpa_run", attention_ref):
-            return self.update(crops, mark)
+    def clip(self, settings: StepSettings) -> Tensor:
+        """With official DINO's two waits for each tensor."""
+        if "no syncs" not in self.without:
+            return super().clip(settings)
+        self.scaler.unscale_(self.optimizer)
+        norm = official.clip_(self.dino.student, self.config.optim.clip_grad)
+        return torch.tensor(norm, device=self.device)
 
-    def update(self, crops: list[Tensor], mark: Mark) -> Tensor:
-        dino, optimizer, syncs = self.dino, self.optimizer, "no syncs" in self.taken
-        self.mark, self.steps = mark, self.steps + 1
-        torch.manual_seed(step_seed(0, self.steps))
-        buffers = [b for b in dino.buffers() if b.is_floating_point()]
-        kept = [b.clone() for b in buffers]
-        with torch.autocast(self.its.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, teacher_mean = dino(crops, EPOCH)
-        if syncs:
-            loss.item()
-        mark("loss")
-        self.scaler.scale(loss).backward()
-        mark("backward")
-        self.scaler.unscale_(optimizer)
-        if syncs:
-            norm = torch.tensor(clip_with_syncs(self.student, self.its.clip), device=loss.device)
-        else:
-            norm = optim.clip_gradients(self.student, self.its.clip, self.its.config.optim.clip)
-        mark("clip")
-        finite = torch.isfinite(loss.detach())
-        if optimizer is self.its.optimizers["fused"]:
-            optimizer.found_inf = (~(finite & torch.isfinite(norm))).float()  # type: ignore[attr-defined]
-        optimizer.step()
+    def step_student(self, finite: Tensor) -> None:
+        """By an optimiser that cannot skip a step on the device."""
+        if "fused optimiser" not in self.without:
+            return super().step_student(finite)
+        self.optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        mark("optimiser")
-        dino.loss.move_center(teacher_mean)
-        for buffer, old in zip(buffers, kept, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
-        dino.update_teacher(MOMENTUM)
-        if syncs:
-            loss.item()
-            synchronize(loss.device)
-        mark("EMA, centre")
-        return loss
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def move_teacher(self, settings: StepSettings) -> None:
+        """Tensor by tensor."""
+        if "fused EMA" not in self.without:
+            return super().move_teacher(settings)
+        official.ema_loop_(self.dino.teacher, self.dino.student, settings.momentum)
 
 
 class WholeBlock(vit.Block):
-    """Computes what stochastic depth drops and multiplies it by 0, and the last block's tokens all."""
+    """Multiplies by 0 what stochastic depth drops, after computing it, and computes all the last tokens."""
 
     def forward(self, x: Tensor, packed: Any, kept: Any = None, class_only: bool = False) -> Tensor:
-        def drop(y: Tensor, its: Any) -> Tensor:
-            return y if its is None else y * y.new_zeros(len(y), 1).index_fill(0, its.rows, its.scale)
+        def drop(y: Tensor, kept: Any) -> Tensor:
+            return y if kept is None else y * y.new_zeros(len(y), 1).index_fill(0, kept.rows, kept.scale)
 
         first, second = kept or (None, None)
         x = x + drop(self.ls1(self.attn(self.norm1(x), packed)), first)
@@ -479,32 +250,131 @@ class WholeBlock(vit.Block):
         return class_tokens(x, packed.runs) if class_only else x
 
 
+class PlainAttention(vit.Attention):
+    """Attention with its weights written out."""
+
+    def forward(self, x: Tensor, packed: Any, class_only: bool = False) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention_ref(q[..., :1, :] if class_only else q, k, v)
+
+        return self.proj(per_run(self.heads(x), packed.runs, attend).flatten(1))
+
+
 def forward_per_size(self: Any, crops: list[Tensor], freeze_backbone: bool = False) -> Tensor:
-    features = per_size(self.backbone, crops)
+    """`MultiCrop.forward` with a pass for each size of crop."""
+    features = official.per_size(self.backbone, crops)
     self.features = features.detach()
     return self.head(features)
 
 
-def official_cross_entropy(self: Any, student: Tensor, teacher: Tensor, *_: Any, **__: Any) -> Any:
-    s, t = student.unflatten(0, (-1, len(teacher) // 2)), teacher.detach().unflatten(0, (2, -1))
-    loss = official_ops.official(s, t, self.center[0].clone(), STUDENT_TEMP, TEACHER_TEMP)  # type: ignore
-    return loss, teacher.float().mean(dim=0)
+def official_loss(loss: Any, student: Tensor, teacher: Tensor, temp: float, **_: Any) -> Any:
+    """`DINOLoss.cross_entropy` in official DINO's form."""
+    s, t = student.unflatten(0, (-1, len(teacher) // 2)), teacher.unflatten(0, (2, -1))
+    value = official.cross_entropy(s, t, loss.center[0].clone(), STUDENT_TEMP, temp)
+    return value, teacher.float().mean(dim=0)
 
 
-def variants_of(problem: Problem, its: Shared, compiled: bool, means: bool) -> dict[str, Any]:
-    """Name to update; fastdino without one of its means is named by it."""
-    cuda = its.device.type == "cuda"
-    theirs, ours = torch.float16 if cuda else torch.float32, choose_precision("auto", its.device)
-    found: dict[str, Any] = {"official": Official(its, theirs)}
+# All variants.
+
+
+class Variant:
+    """An update of whoever's, called with the crops of `inputs`; returns the loss."""
+
+    def __init__(self, shared: Shared, update: Any, compiled: bool = False) -> None:
+        self.shared, self.update, self.compiled, self.steps = shared, update, compiled, 0
+        self.ours = isinstance(update, Update)
+
+    def inputs(self, crops: list[Tensor]) -> list[Tensor]:
+        """The crops as the update's own loader hands them over: fastdino normalises within the update."""
+        policy = self.shared.config.data.crops
+        return crops if self.ours else [normalize(view, policy) for view in crops]
+
+    def __call__(self, views: list[Tensor]) -> Tensor:
+        if not self.ours:
+            return self.update(views)
+        self.steps += 1
+        return self.update([Piece(views)], replace(self.shared.settings, step=self.steps))[0]
+
+    def drop_gradients(self) -> None:
+        """Leave none behind."""
+        self.shared.dino.student.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Without stochastic depth, and with a limit by which every gradient is clipped."""
+        update, limit = self.update, 0.01
+        student = update.dino.student if self.ours else update.student
+        before = update.config if self.ours else update.limit
+        official.still(student, True)
+        if self.ours:
+            update.config = replace(before, optim=replace(before.optim, clip_grad=limit))
+        else:
+            update.limit = limit
+        yield
+        official.still(student, False)
+        setattr(update, "config" if self.ours else "limit", before)
+
+    @contextmanager
+    def watched(self, mark: Callable[[str], None], networks: bool = True) -> Iterator[None]:
+        """Have `mark` called with the name of each part as it ends."""
+        update = self.update
+        nets = update.dino if self.ours else update
+        loss = update.dino.loss if self.ours else update
+        ends = [(update, "gradients", PARTS[3]), (update, "clip", PARTS[4])]
+        ends += [(update, "step_student", PARTS[5]), (update, "move_teacher", PARTS[6])]
+        ends += [(loss, "cross_entropy", PARTS[2])] if networks else []
+
+        def ended(right: Callable[..., Any], part: str) -> Callable[..., Any]:
+            def run(*args: Any, **options: Any) -> Any:
+                out = right(*args, **options)
+                mark(part)
+                return out
+
+            return run
+
+        with ExitStack() as stack:
+            for owner, name, part in ends:
+                stack.enter_context(mock.patch.object(owner, name, ended(getattr(owner, name), part)))
+            for network, part in ((nets.teacher, PARTS[0]), (nets.student, PARTS[1])) if networks else ():
+                hook = network.register_forward_hook(lambda *_, part=part: mark(part))
+                stack.callback(hook.remove)
+            yield
+
+
+def official_variant(shared: Shared, dtype: torch.dtype, compiled: bool = False) -> Variant:
+    """Official DINO's update."""
+    dino, limit = shared.dino, shared.config.optim.clip_grad
+    student, teacher = (official.Network(network) for network in (dino.student, dino.teacher))
+    options: Any = {"dtype": dtype, "compiled": compiled}
+    made = official.Update(student, teacher, shared.plain, dino.loss.center, limit, **options)
+    return Variant(shared, made, compiled)
+
+
+def variants_of(
+    problem: Problem, shared: Shared, compiled: bool, without: tuple[str, ...]
+) -> dict[str, Variant]:
+    """Name to variant; fastdino without one of its optimizations is named by it."""
+    cuda, dino, limit = shared.device.type == "cuda", shared.dino, shared.config.optim.clip_grad
+    theirs, ours = torch.float16 if cuda else torch.float32, choose_precision("auto", shared.device)
+    center = dino.loss.center
+
+    def fastdino(*without: str) -> Variant:
+        on = ("compile" in without) != cuda  # on a CPU compiling is added
+        precision = {"precision": "fp32"} if "half precision" in without else {}
+        return Variant(shared, Without(shared, without, compile="on" if on else "off", **precision), on)
+
+    found = {"official": official_variant(shared, theirs)}
     if compiled:
-        found["official, compiled"] = Official(its, theirs, compiled=True)
+        found["official, compiled"] = official_variant(shared, theirs, compiled=True)
     if not cuda and ours != torch.float32:
-        found["official, bfloat16"] = Official(its, ours)
-    if find_spec("lightly") and (find_spec("timm") or not its.vit):
-        found["lightly"] = Lightly(its, theirs)
-    found["fastdino"] = Ours(its, ours)
-    if not means:
-        return found
+        found["official, bfloat16"] = official_variant(shared, ours)
+    if find_spec("lightly") and (find_spec("timm") or not shared.vit):
+        rate = shared.config.model.drop_path_rate
+        pair = official.LightlyNetwork(dino.student, rate), official.LightlyNetwork(dino.teacher, 0.0)
+        found["lightly"] = Variant(shared, official.Lightly(*pair, shared.plain, center, limit, dtype=theirs))
+    plain = Update(shared.config, shared.device)
+    shared.lend(plain)
+    found["fastdino"] = Variant(shared, plain, cuda)
     tokens = 1 + (problem.sizes[0] // max(problem.patch, 1)) ** 2
     absent = {
         "half precision": ours == torch.float32,
@@ -512,10 +382,10 @@ def variants_of(problem: Problem, its: Shared, compiled: bool, means: bool) -> d
         # there the weights are written out as it is
         "attention kernel": not cuda and ours != torch.float32 and tokens**2 <= PLAIN_SCORES,
     }
-    here = [m for m in MEANS if not absent.get(m) and (its.vit or m not in ONLY_VIT)]
-    found |= {mean: Ours(its, ours, (mean,)) for mean in here}
-    # on a CPU compile is what is added
-    found["all of these"] = Ours(its, ours, tuple(m for m in here if cuda or m != "compile"))
+    here = [m for m in without if not absent.get(m) and (shared.vit or m not in ONLY_VIT)]
+    found |= {name: fastdino(name) for name in here}
+    if here:
+        found["all of these"] = fastdino(*(m for m in here if cuda or m != "compile"))
     return found
 
 
@@ -525,19 +395,20 @@ CHECKED = ("cls_token", "blocks.0.norm1.weight", "conv1.weight", "head.mlp.0.wei
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 REST = 1e-3  # gradients and centre, beyond twice the error of official DINO in the same precision
 PLAIN = 0.6  # most of that error; a ResNet's batch norm leaves bfloat16 little of random images' gradients
-FORMULAS = 1e-2  # what an update does with its gradients
+FORMULAS = 1e-2  # the steps that an update makes with its gradients
 
 
 def distance(a: Tensor, b: Tensor) -> float:
+    """Relative, in norm."""
     return ((a - b).norm() / b.norm()).item()
 
 
-def observe(variant: Any, crops: list[Tensor]) -> dict[str, Any]:
-    """Of one update from the start, without stochastic depth: loss, gradients, the centre's movement; and how
-    far clipping, optimiser and teacher are from what their formulas make of these."""
-    its: Shared = variant.its
-    its.clip = 0.01  # so that all are clipped
-    students, teachers = (dict(x.named_parameters()) for x in (its.dino.student, its.dino.teacher))
+def observe(variant: Variant, crops: list[Tensor]) -> Row:
+    """Of one update from the start, without stochastic depth: loss, gradients, the centre's movement, waits
+    for the device; and how far clipping, optimiser and teacher are from their formulas' results."""
+    shared, update = variant.shared, variant.update
+    own = update.dino.student if variant.ours else shared.dino.student
+    students, teachers = (dict(x.named_parameters()) for x in (own, shared.dino.teacher))
     names = [n for n, p in students.items() if n.endswith(CHECKED) and p.requires_grad]
     seen: dict[str, dict[str, Tensor]] = {}
 
@@ -545,72 +416,74 @@ def observe(variant: Any, crops: list[Tensor]) -> dict[str, Any]:
         if part in ("backward", "clip"):
             seen[part] = {n: students[n].grad.clone() for n in names}  # type: ignore[union-attr]
 
-    variant.still(True)
-    while True:
-        its.reset()
-        before = {n: (students[n].detach().clone(), teachers[n].double()) for n in names}
-        center, scale = its.dino.loss.center.clone(), variant.scaler.get_scale()
-        began = time.perf_counter()
-        loss = float(variant(crops, mark).detach())
-        seconds = time.perf_counter() - began
-        if variant.scaler.get_scale() >= scale or scale < 1:
-            break  # else fp16's gradients overflowed: as in training, the first updates find their scale
-    variant.still(False)
-    its.clip = its.config.optim.clip_grad
+    views = variant.inputs(crops)
+    with variant.checked(), variant.watched(mark, networks=False):
+        while True:
+            shared.reset()
+            before = {n: (students[n].detach().clone(), teachers[n].double()) for n in names}
+            center, scale = shared.dino.loss.center.clone(), update.scaler.get_scale()
+            # a graph would be made anew under this counter
+            counter = CountSyncs(shared.device.type) if not variant.compiled else None
+            with counter or ExitStack():
+                loss = variant(views).detach()
+            if update.scaler.get_scale() >= scale or scale < 1:
+                break  # else fp16's gradients overflowed: as in training, the first updates find their scale
     gradients = {n: g / scale for n, g in seen["backward"].items()}
     off = dict.fromkeys(("clipping", "optimiser", "teacher"), 0.0)
     for n in names:
-        clipped, (old, old_teacher) = seen["clip"][n], before[n]
-        (group,) = (g for g in variant.optimizer.param_groups if any(p is students[n] for p in g["params"]))
+        clipped, (old, old_teacher), new = seen["clip"][n], before[n], students[n].detach()
+        groups = update.optimizer.param_groups
+        (group,) = (g for g in groups if any(p is students[n] for p in g["params"]))
         alone = nn.Parameter(old.clone())
         alone.grad = clipped
-        kind: Any = type(variant.optimizer)
+        kind: Any = type(update.optimizer)
         kind([group | {"params": [alone], "fused": False}]).step()
-        new = students[n].detach()
         teacher = MOMENTUM * old_teacher + (1 - MOMENTUM) * new.double()
         pairs = {
             "optimiser": (new - old, alone.detach() - old),
             "teacher": (teachers[n].double() - old_teacher, teacher - old_teacher),
         }
-        if variant.per_tensor:
+        if not isinstance(update, official.Lightly):  # it clips by the norm of all
             pairs["clipping"] = clipped, gradients[n] * (0.01 / (gradients[n].norm() + 1e-6)).clamp(max=1)
         off |= {what: max(off[what], distance(*pair)) for what, pair in pairs.items()}
-    its.drop_gradients()
-    moved = its.dino.loss.center - 0.9 * center
-    return {"loss": loss, "gradients": gradients, "centre": moved, "off": off, "seconds": seconds}
+    variant.drop_gradients()
+    moved = shared.dino.loss.center - official.CENTER_MOMENTUM * center
+    found = {"loss": loss.item(), "gradients": gradients, "centre": moved, "off": off}
+    return found | {"waits": counter.count if counter else None}
 
 
-def errors(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+def errors(found: Row, expected: Row) -> dict[str, float]:
     """Relative, of the loss, the centre's movement and each gradient."""
     gradients = {n: distance(g, expected["gradients"][n]) for n, g in found["gradients"].items()}
     centre = distance(found["centre"], expected["centre"])
     return {"loss": abs(found["loss"] / expected["loss"] - 1), "centre": centre} | gradients
 
 
-def check(variants: dict[str, Any], crops: list[Tensor]) -> dict[str, Row]:
-    """How far each variant is from official DINO in float32, and seconds; SystemExit where one is too far."""
-    exact: dict[int, dict[str, Any]] = {}
-    plain: dict[tuple[int, torch.dtype], dict[str, Any]] = {}
+def check(variants: dict[str, Variant], crops: list[Tensor]) -> dict[str, Row]:
+    """How far each variant is from official DINO in float32, and waits; SystemExit where one is too far."""
+    observed: dict[tuple[int, torch.dtype], Row] = {}
+
+    def published(count: int, shared: Shared, dtype: torch.dtype, variant: Variant | None = None) -> Row:
+        if (count, dtype) not in observed:
+            variant = variant or official_variant(shared, dtype)
+            observed[count, dtype] = observe(variant, crops[:count])
+        return observed[count, dtype]
+
     rows: dict[str, Row] = {}
     for name, variant in variants.items():
-        its = variant.its
+        update, shared, dtype = variant.update, variant.shared, variant.update.dtype
         # timm resizes position embeddings otherwise: its features of local crops are others
-        seen = crops[:2] if isinstance(variant, Lightly) and its.vit else crops
-        key = len(seen), variant.dtype
-        if len(seen) not in exact:
-            exact[len(seen)] = observe(Official(its, torch.float32), seen)
-            plain[len(seen), torch.float32] = exact[len(seen)]
-        same = type(variant) is Official and not variant.compiled
-        if key not in plain:
-            plain[key] = observe(variant if same else Official(its, variant.dtype), seen)
-        found = plain[key] if same else observe(variant, seen)
-        off, rough = (errors(x, exact[len(seen)]) for x in (found, plain[key]))
+        count = 2 if isinstance(update, official.Lightly) and shared.vit else len(crops)
+        same = type(update) is official.Update and not variant.compiled
+        exact = published(count, shared, torch.float32)
+        plain = published(count, shared, dtype, variant if same else None)
+        found = plain if same else observe(variant, crops[:count])
+        off, rough = (errors(x, exact) for x in (found, plain))
         limits = {n: REST + 2 * error if error < PLAIN else 0.0 for n, error in rough.items()}
-        limits |= {"loss": LOSS[variant.dtype]} | dict.fromkeys(found["off"], FORMULAS)
+        limits |= {"loss": LOSS[dtype]} | dict.fromkeys(found["off"], FORMULAS)
         for what, error in (off | found["off"]).items():
             if not error < limits[what]:
-                raise SystemExit(f"{name} in {variant.dtype}: {what} off by {error:.1e}: nothing was timed")
+                raise SystemExit(f"{name} in {dtype}: {what} off by {error:.1e}: nothing was timed")
         loss, centre, *gradients = off.values()
-        rows[name] = {"loss": loss, "centre": centre, "gradients": max(gradients)}
-        rows[name]["seconds"] = found["seconds"]
+        rows[name] = {"loss": loss, "centre": centre, "gradients": max(gradients), "waits": found["waits"]}
     return rows

@@ -1,9 +1,6 @@
 """Weighted k-NN against a slow loop and scikit-learn, and over the images of folders."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,17 +104,6 @@ def test_accuracy_is_that_of_scikit_learn(k):
     expected = 100 * (theirs.predict(test.numpy()) == test_labels.numpy()).mean()
     assert knn_accuracy(train, labels, test, test_labels, ks=(k,)) == {k: pytest.approx(expected)}
     assert 30 < expected < 95
-
-
-def test_the_benchmark_checks_and_times_both(tmp_path: Path):
-    flags = ["--train", "600", "--test", "200", "--dim", "32", "--classes", "7", "--rounds", "1"]
-    command = [sys.executable, "-m", "benchmarks.knn", *flags, "--out", str(tmp_path)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert 0 < rows["fastdino"]["accuracy"] == pytest.approx(rows["scikit-learn"]["accuracy"], abs=0.05)
-    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_defaults_are_official_dinos():

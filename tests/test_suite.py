@@ -91,7 +91,8 @@ def repository(tmp_path: Path) -> Path:
     """A commit of another fastdino, and changes to it: its work is ten times as long, and there is more."""
     folder = tmp_path / "repository"
     shutil.copytree(SUITE, folder / "benchmarks" / "suite", ignore=shutil.ignore_patterns("bench_*", "__*"))
-    shutil.copy(ROOT / "benchmarks" / "compare.py", folder / "benchmarks")
+    for name in ("__init__.py", "compare.py"):
+        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks")
     (folder / "fastdino" / "ops").mkdir(parents=True)
     (folder / "fastdino" / "ops" / "native.py").write_text(NATIVE)
     module, git = folder / "fastdino" / "__init__.py", ["git", "-c", "core.hooksPath=/dev/null"]

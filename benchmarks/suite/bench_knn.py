@@ -3,20 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 
-Timed = Callable[..., None]
+from benchmarks import ops
 
 
 @pytest.mark.parametrize("variant", ["fastdino", "matrix-product"])
-def bench_knn(timed: Timed, small: bool, variant: str) -> None:
-    """All of official DINO's k, 100 classes; beside it, the similarities alone."""
-    from fastdino.eval.knn import knn_accuracy
-
-    train, test = (torch.randn(n, 384) for n in ((300, 50) if small else (20_000, 2_000)))
-    labels, truth = (torch.randint(100, (len(x),)) for x in (train, test))
-    variants = {
-        "fastdino": lambda: knn_accuracy(train, labels, test, truth),
-        "matrix-product": lambda: test @ train.T,
-    }
-    timed("k-NN", variant, variants, 15)
+def bench_knn(timed: Callable[..., None], small: bool, variant: str) -> None:
+    """All of official DINO's k, 100 classes; beside it, only the similarities."""
+    case = ops.knn(*((300, 50) if small else (20_000, 2_000)), 100, rivals=False)
+    timed("k-NN", variant, case, 15, "fastdino, k = 10 20 100 200" if variant == "fastdino" else variant)

@@ -2,7 +2,7 @@
 
 Those are there to be the same at every commit: where they change, the machine has. Cases import what they
 need themselves, so that a commit that lacks it loses no other case. For a CPU: on a GPU this clock would
-time the launches alone.
+time only the launches.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-WARMUP = 2
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
@@ -38,20 +36,15 @@ def small(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def timed(benchmark: Any) -> Callable[..., None]:
-    """timed(group, variant, variants, rounds, setup): times the variant of that name, in so many rounds.
+    """timed(group, variant, case, rounds, of): times `of`, or the variant, of a `Case` or a dict.
 
     The rounds are fixed, so that two commits have as many to take the least of: a few seconds on two cores.
     """
 
-    def run(
-        group: str,
-        variant: str,
-        variants: dict[str, Callable[[], object]],
-        rounds: int,
-        setup: Callable[[], None] | None = None,
-    ) -> None:
+    def run(group: str, variant: str, case: Any, rounds: int, of: str = "") -> None:
         benchmark.group = group
         benchmark.extra_info["ours"] = variant.startswith("fastdino")
-        benchmark.pedantic(variants[variant], setup=setup, rounds=rounds, warmup_rounds=WARMUP)
+        variants, setup = getattr(case, "variants", case), getattr(case, "setup", None)
+        benchmark.pedantic(variants[of or variant], setup=setup, rounds=rounds, warmup_rounds=2)
 
     return run
