@@ -49,7 +49,7 @@ from benchmarks.update import Problem, model_flops, settings_of
 from fastdino import checkpoint, distributed
 from fastdino.dino import DINO
 from fastdino.update import Update
-from tests.counting import CountSyncs, loopback_bytes
+from tests.helpers.counting import CountSyncs, loopback_bytes
 
 SCALES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 KINDS = ("ddp", "fsdp", "hsdp")

@@ -26,10 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TESTED = {  # files, and the packages that their imports need beyond torch and triton
-    "dino_loss ema packed_attention": (),
-    "multi_crop_triton crops loader": ("PIL", "torchvision"),
-    "train": ("PIL", "torchvision", "rich", "safetensors", "tyro", "tensorboard", "matplotlib"),
-    "dali": ("PIL", "torchvision", "sklearn", "nvidia"),
+    "ops/test_dino_loss ops/test_ema ops/test_packed_attention": (),
+    "ops/test_multi_crop_triton data/test_crops data/test_loader": ("PIL", "torchvision"),
+    "training/test_train": ("PIL", "torchvision", "rich", "safetensors", "tyro", "tensorboard", "matplotlib"),
+    "data/test_dali": ("PIL", "torchvision", "sklearn", "nvidia"),
 }
 # Part, most seconds, module of benchmarks and its arguments.
 OPS = "ops loss --seconds 4 --rounds 101"
@@ -69,7 +69,7 @@ def parts(out: Path, rehearse: bool) -> list[tuple[str, float, list[str]]]:
         name, seconds, *words = part.split()
         if name == "tests":
             stems = " ".join(names for names, needs in TESTED.items() if all(map(find_spec, needs))).split()
-            command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{s}.py" for s in stems)]
+            command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{s}.py" for s in stems)]
             command += ["-k", "triton and (upstream or layout)"] if rehearse else ["-m", "cuda"]
             command += ["-n", "12"] if find_spec("xdist") and not rehearse else []
         else:

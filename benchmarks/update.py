@@ -32,7 +32,7 @@ from fastdino.head import DINOHead
 from fastdino.ops.packed_attention import PLAIN_SCORES, attention_ref, class_tokens
 from fastdino.optim import StepSettings
 from fastdino.update import Update, choose_precision
-from tests.counting import CountSyncs
+from tests.helpers.counting import CountSyncs
 
 PARTS = ("teacher forward", "student forward", "loss", "backward", "clip", "optimiser", "EMA, centre")
 OPTIMIZATIONS = (

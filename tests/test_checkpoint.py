@@ -136,7 +136,7 @@ while True:
     checkpoint.write_teacher(out / "teacher.safetensors", module, config, step)
     checkpoint.prune(out, 2, 0)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "helpers")}
     newest = 0
     for pause in (0.01, 0.05, 0.13, 0.3):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from imports import imports
 
 PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
@@ -27,17 +28,6 @@ LAYERS = (
 )
 LAYER = {stem: i for i, stems in enumerate(LAYERS) for stem in stems}
 FILES = [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")]
-
-
-def imports(source: str) -> list[str]:
-    """Dotted names of all that is imported anywhere in the source; a leading dot marks a relative import."""
-    names = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
-    return names
 
 
 def violations(stem: str, source: str) -> list[str]:

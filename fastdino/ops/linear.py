@@ -7,7 +7,7 @@ EPYC reach 215 GFLOP/s with MKL and 470 with oneDNN, in the same torch (torch 2.
 1,536; docs/performance.md).
 How: by mkldnn::_linear_pointwise, which is private to torch; torch has no public way to choose. A torch
 without this operator takes F.linear: slower, and the same result up to rounding. A torch that changes the
-operator fails tests/test_linear.py.
+operator fails tests/ops/test_linear.py.
 """
 
 import torch

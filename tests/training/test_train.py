@@ -125,7 +125,7 @@ from fastdino.train import train
 images, out = Path({str(images)!r}), Path({str(tmp_path / "killed")!r})
 train(make_config(images, out, epochs=200, save_every=2, workers=1))
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(read_metrics(tmp_path / "killed")) < 7:

@@ -5,9 +5,9 @@ Apart from test_dino_loss.py, which must run on a machine without hypothesis.
 
 import pytest
 import torch
+from dino_loss_checks import check, logits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_dino_loss import check, logits
 
 # numpy warns of what PyTorch computes in silence, in Triton's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

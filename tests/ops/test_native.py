@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_layers import imports
+from imports import imports
 
 from fastdino import ops
 from fastdino.ops import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPS = ROOT / "fastdino" / "ops"
 LAUNCHERS = [*OPS.glob("*_cpu.py"), *OPS.glob("*_triton.py")]
 

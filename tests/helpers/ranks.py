@@ -28,7 +28,7 @@ from fastdino.data.feed import Feed
 from fastdino.sync_batch_norm import synchronize_batch_norm
 
 # Of the processes: this folder and the checkout.
-PYTHONPATH = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+PYTHONPATH = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[2]))
 
 
 def start(jobs: list[dict[str, Any]], folder: Path, ranks: int, *options: str, **env: str) -> Any:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import gpu, harness, ops
 from fastdino.data.samples import render_samples
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ABSENT = ("torchvision", "timm", "tyro", "rich", "safetensors", "tensorboard", "matplotlib", "PIL", "lightly")
 

@@ -1,6 +1,6 @@
 """Training in several processes against training in one: the same numbers, whatever happens to them.
 
-A test starts torchrun once, with as many jobs as it can hold (tests/ranks.py): starting is most of the time.
+A test starts torchrun once, with as many jobs as it can hold (ranks.py): starting is most of the time.
 """
 
 import json
@@ -316,7 +316,11 @@ def test_sruns_tasks_find_one_another(images: Path, tmp_path: Path) -> None:
     }
     tasks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ranks.py")), str(tmp_path / "jobs.json")],
+            [
+                sys.executable,
+                str(Path(__file__).parents[1] / "helpers" / "ranks.py"),
+                str(tmp_path / "jobs.json"),
+            ],
             env=os.environ | step | {"SLURM_PROCID": str(task)},
             stdout=subprocess.PIPE,
             text=True,

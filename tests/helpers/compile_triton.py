@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "ops"
 CAPABILITIES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
@@ -121,7 +121,7 @@ def resources(launch: Launch, logits: str, capability: int) -> dict[str, object]
 
 def main() -> None:
     usage = []
-    for path in sorted((TESTS.parent / "fastdino" / "ops").glob("*_triton.py")):
+    for path in sorted((TESTS.parents[1] / "fastdino" / "ops").glob("*_triton.py")):
         name = path.stem.removesuffix("_triton")
         test = next(x for x in (f"test_{path.stem}", f"test_{name}") if (TESTS / f"{x}.py").exists())
         module = import_module(f"fastdino.ops.{path.stem}")

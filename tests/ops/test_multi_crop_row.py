@@ -7,7 +7,7 @@ import torch
 from fastdino.data.crops import View, encode
 from fastdino.ops.multi_crop_row import ADJUSTMENTS, AT, FIELDS, ROW, header
 
-HEADER = Path(__file__).parents[1] / "kernels" / "multi_crop_row.h"
+HEADER = Path(__file__).parents[2] / "kernels" / "multi_crop_row.h"
 
 
 def test_the_kernels_header_is_made_from_the_row():

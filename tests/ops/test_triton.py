@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CAPABILITIES = (80, 90, 100)
 CROPS = ("weights_kernel", "horizontal_kernel", "vertical_kernel", "color_kernel", "blur_kernel")
 Usage = dict[str, int | str | bool]
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs triton")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
     """Resources of every kernel of every op, dtype of the logits or parameters, and target."""
     env = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'ops'}:{ROOT / 'tests' / 'helpers'}",
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
-    program = [sys.executable, ROOT / "tests" / "compile_triton.py"]
+    program = [sys.executable, ROOT / "tests" / "helpers" / "compile_triton.py"]
     return json.loads(subprocess.run(program, env=env, check=True, stdout=subprocess.PIPE).stdout)
 
 

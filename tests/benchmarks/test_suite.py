@@ -17,7 +17,7 @@ from benchmarks import compare
 from benchmarks.compare import Case, judge
 from fastdino.ops import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "benchmarks" / "suite"
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.varlen
-from conftest import CUDA
 from torch import Tensor
 
 from fastdino.ops import packed_attention
 from fastdino.ops.packed_attention import PLAIN_SCORES, Packing, attention, class_attention, packing
 from fastdino.vit import VisionTransformer
+
+CUDA = torch.cuda.is_available()
 
 CPU = torch.device("cpu")
 

@@ -221,7 +221,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
         "--nproc-per-node=2",
         *arguments,
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
