@@ -1,8 +1,8 @@
 """Official DINO's update written from its formulas, and lightly's: what fastdino is held to.
 
 Written from the paper (arXiv:2104.14294, algorithm 1 and appendix) and the published defaults; shares no code
-with fastdino but the parameters that it is given. `tests/helpers/reference.py` runs the same update in float64
-as the truth of the tests; `benchmarks/update.py` times it.
+with fastdino but the parameters that it is given. `tests/helpers/reference.py` runs the same update in
+float64 as the truth of the tests; `benchmarks/update.py` times it.
 """
 
 import math
