@@ -31,14 +31,11 @@ class Window:
         size: updates that it holds at the most.
         device: where the rows are.
 
-    Attributes:
-        elapsed: seconds from the last `restart` to the last `read`.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._ring = torch.zeros(size, len(COLUMNS), device=device)
         self._updates: list[tuple[StepSettings, list[Tensor]]] = []
-        self.elapsed = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -50,16 +47,16 @@ class Window:
         self._ring[len(self._updates)] = row
         self._updates.append((settings, images))
 
-    def read(self) -> list[Row]:
-        """All rows, oldest first; the window is empty afterwards. Waits for the device."""
+    def read(self) -> tuple[list[Row], float]:
+        """All rows, oldest first, and the seconds since `restart`. Waits for the device; empties the window."""
         numbers = self._ring[: len(self._updates)].tolist()
-        self.elapsed = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self._began
         rows = [
             dict(zip(COLUMNS, values, strict=True)) | {"settings": settings, "images": images}
             for values, (settings, images) in zip(numbers, self._updates, strict=True)
         ]
         self._updates.clear()
-        return rows
+        return rows, seconds
 
 
 class Health:
@@ -98,13 +95,15 @@ class Health:
         unreadable = {part: sorted(paths) for part, paths in self.unreadable.items()}
         return {"unreadable": unreadable, "skipped": self.skipped}
 
-    def check_updates(self, rows: list[Row], feed: Feed, elapsed: float) -> None:
-        """Report what the rows of a window show. All ranks call it.
+    def check_updates(self, rows: list[Row], feed: Feed, seconds: float) -> None:
+        """Count the non-finite updates, which `Update` has skipped; report unreadable files and waiting.
+
+        All ranks call it.
 
         Args:
             rows: of `Window.read`.
             feed: knows this rank's unreadable files.
-            elapsed: seconds that the updates took.
+            seconds: what the updates took.
 
         Raises:
             RunError: --max-nonfinite updates in a row were not finite.
@@ -114,7 +113,7 @@ class Health:
             self._check_finite(row)
         self.by_pillow += round(sum(row["by_pillow"] for row in rows) * distributed.world_size())
         self._windows += 1
-        share = sum(row["waited"] for row in rows) / elapsed
+        share = sum(row["waited"] for row in rows) / seconds
         # The wait of the first window contains the start of the loader's processes.
         if self._advice and self._windows > 1 and share > DATA_WAIT:
             done = rows[-1]["settings"].step + 1
@@ -146,7 +145,7 @@ class Health:
         for update, name, reason in sorted(chain.from_iterable(distributed.gather(found))):
             self.unreadable["epoch"].add(name)
             if name not in self.unreadable["run"]:
-                self.monitor.say(f"step {self.run.step + update + 1}: skipped {name}: {reason}")
+                self.monitor.say(f"step {self.run.start_step + update + 1}: skipped {name}: {reason}")
             self.unreadable["run"].add(name)
 
     def _check_finite(self, row: Row) -> None:

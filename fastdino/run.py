@@ -74,7 +74,7 @@ class Run:
 
     Attributes:
         out: the folder.
-        step: updates that are done: where the run begins or goes on.
+        start_step: updates that were done when this process began.
         state: what `save` was given at that step; empty in a new run.
         notes: a sentence on each checkpoint that cannot be read, and on what is continued.
         signals: the signals caught since the run began; not empty when it is asked to stop.
@@ -91,7 +91,7 @@ class Run:
         self.total_steps, self.keep_every = total_steps, keep_every
         self.out = Path(config.run.out)
         self.teacher = self.out / "teacher.safetensors"
-        self.step, self.state = 0, dict[str, Any]()
+        self.start_step, self.state = 0, dict[str, Any]()
         self.notes: list[str] = []
 
     def __enter__(self) -> "Run":
@@ -116,34 +116,34 @@ class Run:
 
     def _resume(self) -> None:
         with distributed.raise_on_all_ranks():
-            self.step, info, damaged = checkpoint.load_newest(self.out, self.update.tensors())
-            if self.step and info["images"] != self.images:
+            self.start_step, info, damaged = checkpoint.load_newest(self.out, self.update.tensors())
+            if self.start_step and info["images"] != self.images:
                 raise ValueError(
                     f"{self.config.data.data} holds other images than when {self.out} was begun: a continued "
                     "run would see other crops. Restore the images, or give another --out."
                 )
-            if self.step and info["precision"] != str(self.update.dtype):
+            if self.start_step and info["precision"] != str(self.update.dtype):
                 raise ValueError(
                     f"{self.out} was trained in {info['precision']}, not {self.update.dtype}: say so with "
                     "--precision, or give another --out"
                 )
         self.notes += damaged
-        if self.step:
+        if self.start_step:
             self.update.scaler.load_state_dict(info["scaler"])
             self.state = info
-            how = "is complete" if self.step == self.total_steps else "is continued"
-            self.notes.append(f"{self.out} {how}: step {self.step} of {self.total_steps}")
+            how = "is complete" if self.start_step == self.total_steps else "is continued"
+            self.notes.append(f"{self.out} {how}: step {self.start_step} of {self.total_steps}")
         # There is a teacher from the start. It is behind its checkpoint after a crash between the two writes.
         written = distributed.on_rank_zero(lambda: checkpoint.teacher_step(self.out))
-        if written != self.step or not self.step:
+        if written != self.start_step or not self.start_step:
             state = checkpoint.cpu_state_dict(self.update.dino.teacher)
             distributed.on_rank_zero(
-                lambda: checkpoint.write_teacher(self.teacher, state, self.config, self.step)
+                lambda: checkpoint.write_teacher(self.teacher, state, self.config, self.start_step)
             )
 
     @property
-    def stops_alone(self) -> bool:
-        """Whether this is the only process and it was asked to stop; several must agree first."""
+    def asked_to_stop(self) -> bool:
+        """Whether the only process was asked to stop; False with several, which agree by their rows."""
         return bool(self.signals) and distributed.world_size() == 1
 
     def save(self, step: int, state: dict[str, Any]) -> str:

@@ -68,9 +68,10 @@ def train(
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
         run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
         wandb, quiet = config.run.wandb, distributed.rank() > 0
-        monitor = stack.enter_context(Monitor(run.out, run.step, total, to_dict(config), wandb, quiet))
-        loader = make_loader(config, images, device, run.step, total)
-        feed = feed_type(loader, config.optim.accumulate, run.signals)  # a signal travels with its tally
+        monitor = stack.enter_context(Monitor(run.out, run.start_step, total, to_dict(config), wandb, quiet))
+        loader = make_loader(config, images, device, run.start_step, total)
+        # With its counts, which are averaged over processes, the feed passes on whether this one was signalled.
+        feed = feed_type(loader, config.optim.accumulate, run.signals)
         window = Window(config.run.log_every, device)
         advice = waiting_advice(images, loader, device)
         health = Health(config, images.source, update, run, monitor, advice)
@@ -79,24 +80,25 @@ def train(
             monitor.say(note)
 
         values: dict[str, Any] = {}
-        for step in range(run.step, total):
+        for step in range(run.start_step, total):
             settings = schedule.at(step)
             row = update(feed, settings)
             window.add(row, settings, feed.indices)
-            if not (settings.logs or run.stops_alone):
-                continue  # up to here nothing waits for the device, which may be many updates behind
+            # Whatever evaluates or saves logs too. Up to here nothing waits for the device.
+            if not (settings.logs or run.asked_to_stop):
+                continue
 
-            rows = window.read()
-            # Several processes agree by the rows, which are means over all of them.
-            stop = run.stops_alone or any(row["stop"] for row in rows)
-            health.check_updates(rows, feed, window.elapsed)
-            values = summarize(rows, update, images, health, window.elapsed)
+            rows, seconds = window.read()
+            # In a row `stop` is above 0 on all processes if one of them was signalled.
+            stop = run.asked_to_stop or any(row["stop"] for row in rows)
+            health.check_updates(rows, feed, seconds)
+            values = summarize(rows, update, images, health, seconds)
             health.diagnose(settings, values)
             if settings.evaluates and not stop:
                 values |= evaluate(update, images, run, loader.workers, monitor, step + 1)
             monitor.record(step + 1, values)
             monitor.progress(step + 1, values | {"batch_size": config.optim.batch_size})
-            health.check_unreadable()
+            health.check_unreadable()  # after the line that shows how many
             if settings.saves or stop:
                 # Written behind the next updates; what comes back is what went wrong with the one before.
                 monitor.say(run.save(step + 1, health.state()))
@@ -108,7 +110,7 @@ def train(
         run.wait_for_checkpoint()
         draw(update, images, run, monitor)
         distributed.gather(None)  # some launchers end all processes as soon as one has ended
-        if run.step == total:  # the run was complete before
+        if run.start_step == total:  # the run was complete before
             values = (read_metrics(run.out) or [{}])[-1]
     return {"step": total, **values}
 
@@ -214,13 +216,13 @@ def describe(update: Update, images: Images, loader: data.Loader) -> str:
 
 
 def summarize(
-    rows: list[Row], update: Update, images: Images, health: Health, elapsed: float
+    rows: list[Row], update: Update, images: Images, health: Health, seconds: float
 ) -> dict[str, Any]:
     """The metrics of a log line from the updates since the line before. All ranks call it.
 
     Args:
         rows: of `Window.read`.
-        elapsed: seconds that they took.
+        seconds: what they took.
     """
     last, settings = rows[-1], rows[-1]["settings"]
     losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
@@ -232,12 +234,13 @@ def summarize(
         "weight_decay": settings.weight_decay,
         "momentum": settings.momentum,
         "teacher_temp": settings.teacher_temp,
-        "images_per_s": len(rows) * update.config.optim.batch_size / elapsed,
-        "data_wait": sum(row["waited"] for row in rows) / elapsed,
+        "images_per_s": len(rows) * update.config.optim.batch_size / seconds,
+        "data_wait": sum(row["waited"] for row in rows) / seconds,
         "memory_gb": peak_memory_gb(update.device),
         "unreadable": len(health.unreadable["run"]),
         "skipped": health.skipped,
     }
+    # A line that a signal forced has no diagnostics: its update computed none.
     if settings.logs and math.isfinite(last["loss"]):
         values |= {name: last[name] for name in DIAGNOSTICS}
         values |= {
@@ -259,7 +262,7 @@ def evaluate(
 ) -> dict[str, float]:
     """k-NN accuracy of the teacher in %, as knn_10, knn_20, ...; all ranks call it.
 
-    Empty without labels, where it cannot be measured, and where the process is asked to stop meanwhile.
+    Empty without labels, where it cannot be measured, and where a single process is asked to stop meanwhile.
     """
     if images.source.labels is None:
         return {}
@@ -288,11 +291,11 @@ def evaluate(
 
 
 def _abort_if_stopping(run: Run, done: int) -> None:
-    """End an evaluation, of which `done` images are done, where the process was asked to stop.
+    """End an evaluation, of which `done` images are done, where a single process was asked to stop.
 
-    The next update then saves and leaves.
+    The next update then saves and leaves. Several processes finish the evaluation first.
     """
-    if run.stops_alone:
+    if run.asked_to_stop:
         raise KeyboardInterrupt
 
 
