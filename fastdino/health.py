@@ -48,7 +48,7 @@ class Window:
         self._updates.append((settings, images))
 
     def read(self) -> tuple[list[Row], float]:
-        """All rows, oldest first, and the seconds since `restart`. Waits for the device; empties the window."""
+        """The rows, oldest first, and the seconds since `restart`. Waits for the device; empties it."""
         numbers = self._ring[: len(self._updates)].tolist()
         seconds = time.perf_counter() - self._began
         rows = [

@@ -70,7 +70,7 @@ def train(
         wandb, quiet = config.run.wandb, distributed.rank() > 0
         monitor = stack.enter_context(Monitor(run.out, run.start_step, total, to_dict(config), wandb, quiet))
         loader = make_loader(config, images, device, run.start_step, total)
-        # With its counts, which are averaged over processes, the feed passes on whether this one was signalled.
+        # With counts that are averaged over processes, the feed passes on whether this one was signalled.
         feed = feed_type(loader, config.optim.accumulate, run.signals)
         window = Window(config.run.log_every, device)
         advice = waiting_advice(images, loader, device)
