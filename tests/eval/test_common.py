@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_runs import CONFIG, make_run
+from eval_runs import CONFIG, make_run_with_flaws
 from PIL import Image
 
 from fastdino import distributed
@@ -16,13 +16,7 @@ POLICY = CONFIG.data.crops
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_run(tmp_path_factory.mktemp("run"), n=14)
-    (folder / "images" / "class1" / "4.png").write_bytes(b"no image")
-    flat = folder / "flat"
-    flat.mkdir()
-    for i, path in enumerate(sorted((folder / "val").rglob("*.png"))[:3]):
-        Image.open(path).save(flat / f"tür {i}.png")
-    return folder
+    return make_run_with_flaws(tmp_path_factory.mktemp("run"))
 
 
 def test_no_images_are_no_features(run: Path):

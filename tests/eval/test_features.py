@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_runs import CONFIG, make_run, refusal
+from eval_runs import CONFIG, make_run_with_flaws, refusal
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -22,13 +22,7 @@ POLICY = CONFIG.data.crops
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_run(tmp_path_factory.mktemp("run"), n=14)
-    (folder / "images" / "class1" / "4.png").write_bytes(b"no image")
-    flat = folder / "flat"
-    flat.mkdir()
-    for i, path in enumerate(sorted((folder / "val").rglob("*.png"))[:3]):
-        Image.open(path).save(flat / f"tür {i}.png")
-    return folder
+    return make_run_with_flaws(tmp_path_factory.mktemp("run"))
 
 
 def dump(run: Path, out: str, **flags: Any) -> None:

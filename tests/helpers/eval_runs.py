@@ -64,3 +64,14 @@ def make_attention_run(folder: Path) -> Path:
     for i, size in enumerate([(50, 40), (33, 70), (40, 40)]):
         photo(*size, seed=i).save(folder / "images" / f"{i}.png")
     return folder
+
+
+def make_run_with_flaws(folder: Path) -> Path:
+    """`make_run` with an image that cannot be read, and `flat`: a folder without classes, names not ASCII."""
+    folder = make_run(folder, n=14)
+    (folder / "images" / "class1" / "4.png").write_bytes(b"no image")
+    flat = folder / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted((folder / "val").rglob("*.png"))[:3]):
+        Image.open(path).save(flat / f"tür {i}.png")
+    return folder
