@@ -124,7 +124,7 @@ def flags_of(state: dict[str, Tensor]) -> str:
         with torch.device("meta"):
             network: Any = network_of(state)
         arch, _ = _names_and_heads()[network.embed_dim, len(network.blocks)]
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError):
         return ""
     flags = {"arch": arch, "patch-size": network.patch_size}
     if network.num_register_tokens:

@@ -9,6 +9,7 @@ import math
 import re
 import reprlib
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +159,7 @@ def _by_role(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         match = ROLES.match(name)
         average, follower = match.groups() if match else (None, None)
         rest = name[match.end() :] if match else name
-        rest = re.sub(r"^(encoder\.|backbone\.module\.)", "backbone.", rest)
+        rest = re.sub(r"^(?:module\.)*(encoder|backbone)\.(?:module\.)*", "backbone.", rest)
         roles.setdefault(average or follower or "backbone", {})[rest] = tensor
         averages.add(average)
     head = re.compile(r"\w*head\.|projector\.")
@@ -355,7 +356,9 @@ def _fitted(network: nn.Module, state: dict[str, Tensor], path: str) -> tuple[di
         ),
     ]
     if problems:
-        flags = flags_of(vit_names(state))
+        flags = ""
+        with suppress(ValueError):  # of shapes that no ViT has
+            flags = flags_of(vit_names(state))
         raise ValueError(
             f"the backbone of {path} does not fit:\n  "
             + "\n  ".join(problems)
