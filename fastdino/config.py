@@ -394,6 +394,66 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**made)
 
 
+# Flags of official DINO, solo-learn, lightly and timm, and what is given here in their place; by underscores.
+ELSEWHERE: dict[str, str] = {
+    "data_path data_dir data_root train_data_path dataset_path imagenet": "--data",
+    "val_dir val_data_path": "--val",
+    "output_dir out_dir output save_dir checkpoint_dir log_dir default_root_dir": "--out",
+    "resume resume_from resume_from_checkpoint checkpoint auto_resume": "not needed: the same command "
+    "with the same --out goes on",
+    "batch_size_per_gpu batch_size_per_device": "--batch-size, of all GPUs together",
+    "accum_iter grad_accum_steps accumulate_grad_batches": "--accumulate, the pieces that --batch-size is "
+    "divided into",
+    "num_workers n_workers": "--workers, of each process; it is chosen by the machine",
+    "saveckp_freq save_freq save_frequency checkpoint_frequency": "--keep-every-epochs, or --save-every in "
+    "updates",
+    "max_epochs num_epochs": "--epochs",
+    "max_steps total_steps": "--epochs, which counts passes over the images",
+    "learning_rate base_lr": "--lr, at a batch of 256",
+    "lr_min eta_min": "--min-lr",
+    "wd": "--weight-decay",
+    "opt": "--optimizer",
+    "gradient_clip_val max_grad_norm": "--clip-grad",
+    "use_fp16 fp16 amp": "--precision fp16, bf16 or fp32; it is chosen by the machine",
+    "model backbone": "--arch, or another preset",
+    "drop_path": "--drop-path-rate",
+    "img_size image_size crop_size input_size": "--global-crops-size and --local-crops-size",
+    "num_small_crops n_local_crops num_local_crops": "--local-crops-number",
+    "pretrained pretrained_weights checkpoint_path load_weights": "--init-from",
+    "num_prototypes": "--out-dim",
+    "base_tau_momentum momentum_start": "--momentum-teacher",
+    "devices num_gpus gpus world_size local_rank dist_url num_nodes": "torchrun --nproc-per-node N -m "
+    "fastdino.train, or srun",
+    "print_freq log_interval log_every_n_steps": "--log-every",
+    "wandb_project project": "--wandb",
+}
+
+
+def hints(arguments: list[str]) -> list[str]:
+    """A sentence on each flag of other trainers in a command line, and on each value of a switch."""
+    here = {name: text for names, text in ELSEWHERE.items() for name in names.split()}
+    switches = {name for name, default in _leaves(Config()).items() if isinstance(default, bool)}
+    sentences = []
+    for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, value = given.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        if name in here:
+            sentences.append(f"{flag} of other trainers is here {here[name]}")
+        elif name in switches and (value or following).lower() in ("true", "false", "0", "1"):
+            sentences.append(f"{flag} takes no value here: give {_flag(name)} or {_flag(f'no_{name}')}")
+    return list(dict.fromkeys(sentences))
+
+
+def _leaves(config: Any) -> dict[str, Any]:
+    """All flags, by underscores, with their values."""
+    leaves: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        leaves |= _leaves(value) if dataclasses.is_dataclass(value) else {name: value}
+    return leaves
+
+
 IMAGES_A_PROTOTYPE = 8
 TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 

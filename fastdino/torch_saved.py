@@ -81,7 +81,10 @@ def read_torch_saved(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"
         file.seek(0)
-        names = _names_in_zip(path) if zipped else _names_in_stream(file)
+        try:
+            names = _names_in_zip(path) if zipped else _names_in_stream(file)
+        except zipfile.BadZipFile:
+            raise ValueError("it is damaged or cut short; copy it again") from None
     allowed: list[Any] = []
     for kind, stand_in in ((SETTINGS, _Setting), (DICTS, _Dict), (LISTS, _List)):
         allowed += [(stand_in, name) for name in names if kind.fullmatch(name)]

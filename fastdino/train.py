@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastdino import cli, data, distributed, ops
 from fastdino.backbones import build_backbone
-from fastdino.config import PRESETS, Config, resolve_auto, resolved, to_dict
+from fastdino.config import PRESETS, Config, hints, resolve_auto, resolved, to_dict
 from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
 from fastdino.diagnostics import DIAGNOSTICS
@@ -380,11 +380,15 @@ def command(config: Config, **types: Any) -> None:
 
 def main() -> None:
     """Entry point of `fastdino-train`."""
-    command(
-        tyro.extras.overridable_config_cli(
+    try:
+        config = tyro.extras.overridable_config_cli(
             PRESETS, prog="fastdino-train", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
-    )
+    except SystemExit as stopped:
+        for hint in hints(sys.argv[1:]) if stopped.code else ():
+            print(f"fastdino-train: {hint}", file=sys.stderr)
+        raise
+    command(config)
 
 
 if __name__ == "__main__":

@@ -372,7 +372,8 @@ def _not_finite(state: dict[str, Tensor]) -> list[str]:
     names = [
         name for name, tensor in state.items() if not (tensor.is_meta or tensor.float().isfinite().all())
     ]
-    return [f"not finite: {', '.join(names)}"] if names else []
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [f"not finite: {', '.join(names[:4])}{more}"] if names else []
 
 
 def _resize_positions(network: VisionTransformer, state: dict[str, Tensor]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fastdino import config as config_module
 from fastdino import train as train_module
 from fastdino.config import (
     CROPS,
@@ -464,3 +465,57 @@ def test_an_impossible_value_on_the_command_line_is_told_its_flag(arguments, mes
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())  # without its frame
     assert message in shown
     assert arguments.split()[0] in shown
+
+
+# Flags of other trainers
+
+OFFICIAL = """
+--arch vit_small --patch_size 16 --out_dim 65536 --norm_last_layer false --momentum_teacher 0.996
+--use_bn_in_head true --warmup_teacher_temp 0.04 --teacher_temp 0.04 --warmup_teacher_temp_epochs 0
+--use_fp16 true --weight_decay 0.04 --weight_decay_end 0.4 --clip_grad 3.0 --batch_size_per_gpu 64
+--epochs 100 --freeze_last_layer 1 --lr 0.0005 --warmup_epochs 10 --min_lr 1e-6 --optimizer adamw
+--drop_path_rate 0.1 --global_crops_scale 0.4 1.0 --local_crops_number 8 --local_crops_scale 0.05 0.4
+--data_path X --output_dir Y --saveckp_freq 20 --seed 0 --num_workers 10 --dist_url env:// --local_rank 0
+"""
+
+
+def test_every_flag_of_official_dino_is_ours_or_has_a_hint() -> None:
+    given = OFFICIAL.split()
+    flags = {flag.removeprefix("--") for flag in given if flag.startswith("--")}
+    hinted = {hint.split()[0].removeprefix("--") for hint in config_module.hints(given)}
+    ours = set(config_module._leaves(Config()))
+    assert flags - ours == hinted - {"norm_last_layer", "use_bn_in_head"}
+    assert hinted - ours == {
+        *("use_fp16", "batch_size_per_gpu", "data_path", "output_dir", "saveckp_freq", "num_workers"),
+        *("dist_url", "local_rank"),
+    }
+
+
+def test_hints_shadow_no_flag_of_ours_and_point_to_ones_that_are() -> None:
+    ours = {name.replace("_", "-") for name in config_module._leaves(Config())}
+    for names, text in config_module.ELSEWHERE.items():
+        assert ours.isdisjoint(name.replace("_", "-") for name in names.split())
+        assert set(re.findall(r"--([\w-]+)", text)) <= ours | {"nproc-per-node"}
+    assert config_module.hints(["demo", "--data", "X", "--norm-last-layer", "--lr=0.1", "data_path"]) == []
+    assert config_module.hints(["--data-path=X", "--no-norm-last-layer", "true"]) == [
+        "--data-path of other trainers is here --data"
+    ]
+
+
+def test_the_command_gives_hints_after_its_error_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for arguments, said in {
+        "vit-small-16 --data_path X --batch_size_per_gpu 64": 2,
+        "vit-small-16 --use_bn_in_head true": 1,
+        "vit-small-16 --lr x": 0,
+        "vit-small-16 --help": 0,
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["fastdino-train", *arguments.split()])
+        with pytest.raises(SystemExit):
+            train_module.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdino-train: ")]
+        assert len(lines) == said
+    assert config_module.hints(["--batch_size_per_gpu", "64"]) == [
+        "--batch_size_per_gpu of other trainers is here --batch-size, of all GPUs together"
+    ]
