@@ -3,15 +3,24 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+# Bytes that are not UTF-8, and what moves a terminal's cursor, colours or turns round what follows.
+_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def printable(text: str) -> str:
-    """The same text where names that are not UTF-8 can be printed."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """The same text, of one or several lines, where whatever names it holds can be printed."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_name(name: str) -> str:
+    """The name of a file or class as it can be printed in a line."""
+    return printable(name).replace("\n", "\\n")
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from fastdino.files import belongs, claim, differences, lock, printable, write_atomically, write_text
+from fastdino.files import (
+    belongs,
+    claim,
+    differences,
+    lock,
+    printable,
+    printable_name,
+    write_atomically,
+    write_text,
+)
 
 SETTINGS: dict[str, Any] = {"seed": 0, "size": [8, 8], "fingerprint": 7}
 
@@ -48,6 +57,8 @@ def test_text_is_written_whole_with_ordinary_permissions(tmp_path: Path) -> None
 
 def test_names_that_are_no_utf8_can_be_printed() -> None:
     assert printable(os.fsdecode(b"caf\xe9 \xc3\xa9")) == "caf\\udce9 é"
+    assert printable("a\nb\r\t\x1b[31m\u202e日\u3000") == "a\nb\\r\\t\\x1b[31m\\u202e日\u3000"
+    assert printable_name("a\nb\0") == "a\\nb\\x00"
 
 
 def test_differences_are_those_of_the_json_by_dotted_name() -> None:
