@@ -27,6 +27,8 @@ from fastdino.files import differences, lock, sync, write_atomically, write_text
 # Fields that a continued run may change: none of them touches what is learnt, but by rounding.
 MAY_CHANGE_ON_RESUME = {
     "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
+    "data.include",
+    "data.exclude",
     "data.loader",
     "data.workers",
     "data.max_unreadable",

@@ -136,8 +136,14 @@ class DataConfig:
     """The images: a folder (searched recursively; class sub-folders become labels, none are needed), a text
     file with one path a line, or tar shards: a folder of them, 'DIR/{000..127}.tar' or 'DIR/*.tar'."""
     val: str = ""
-    """Labelled images to test k-NN on, with --data as the neighbours. Without it, each image of --data is
-    classified by the others."""
+    """Labelled images to test k-NN on, with --data as the neighbours; where --data has no labels, each by the
+    others of --val. Without it, each image of --data is classified by the others."""
+    include: tuple[str, ...] = ()
+    """Patterns as 'photos/*', where * stands for slashes too: of --data and --val only images are taken whose
+    path below them fits one."""
+    exclude: tuple[str, ...] = ()
+    """Patterns as 'masks/*' '*_depth.png': images of --data and --val whose path below them fits one are left
+    out."""
     loader: Literal["auto", "torchvision", "dali"] = "auto"
     """What makes the crops, by the same arithmetic. torchvision: the CPU's cores. dali: the device, where
     DALI decodes. auto: dali on a GPU, if it is installed."""

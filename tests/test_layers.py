@@ -100,8 +100,8 @@ WITHIN = {
     "data": (
         ("images", "machine", "crops", "samples"),
         ("sources",),
-        ("shards", "loader"),
-        ("dali", "feed"),
+        ("tars", "loader"),
+        ("shards", "dali", "feed"),
         ("__init__",),
         ("tool",),
     ),

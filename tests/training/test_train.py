@@ -430,6 +430,21 @@ def test_knn_that_cannot_be_made_does_not_end_the_run(
     assert "step 2: no k-NN: " in capsys.readouterr().out
 
 
+def test_unlabelled_training_has_knn_within_labelled_val(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, val = make_images(tmp_path / "data", 9), make_images(tmp_path / "val", 6, classes=2)
+    (data / "film.mp4").touch()
+    flags = {"val": str(val), "epochs": 1, "knn_every_epochs": 1}
+    assert "knn_20" in train.train(make_config(data, tmp_path / "run", **flags))
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{data}: 10 files: 9 taken, 1 left out: 1 .mp4" in out
+    assert "--data has no labels: k-NN classifies each image of --val by the others of --val" in out
+    assert "step 1: k-NN of the teacher within --val " in out
+    with pytest.raises(ValueError, match="no labels"):
+        train.train(make_config(data, tmp_path / "other", **flags | {"val": str(data)}))
+
+
 def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastdino.train", *flags], capture_output=True, text=True)
 
