@@ -13,7 +13,7 @@ from fastdino.config import CropPolicy
 from fastdino.data import shards
 from fastdino.data.crops import enough_pixels
 from fastdino.data.dali import DaliLoader, Encoded
-from fastdino.data.images import EXTENSIONS, Unreadable
+from fastdino.data.images import Unreadable
 from fastdino.data.loader import (
     Batch,
     Crops,
@@ -25,6 +25,7 @@ from fastdino.data.loader import (
 )
 from fastdino.data.machine import choose_workers, cores, init_worker
 from fastdino.data.sources import (
+    TAKEN,
     Patterns,
     Source,
     by_product,
@@ -85,7 +86,7 @@ def open_source(path: str, *, include: tuple[str, ...] = (), exclude: tuple[str,
         where = " or tar shards at its top" if ".tar" in found.files else ""
         raise ValueError(
             f"{path}: {found.note(0) or 'no files in it'}; give a folder that holds images "
-            f"({' '.join(EXTENSIONS)}), at any depth{where}"
+            f"({' '.join(TAKEN)}), at any depth{where}"
         )
     shown = printable_name(path)
     if note := found.note(len(source)):

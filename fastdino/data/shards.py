@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdino.data.images import EXTENSIONS, Unreadable, reason_of
+from fastdino.data.images import Unreadable, reason_of
 from fastdino.data.machine import cores, map_in_processes
-from fastdino.data.sources import ALL, Patterns, Source, epoch_order, most_common, shard_order
+from fastdino.data.sources import ALL, TAKEN, Patterns, Source, epoch_order, most_common, shard_order
 from fastdino.data.tars import BLOCK, COMPRESSED, RECORD, Index, index, is_header, pread, read_name
 from fastdino.files import printable_name
 
@@ -249,7 +249,7 @@ def open_shards(root: str, paths: list[str], patterns: Patterns = ALL) -> Shards
         n, held = len(paths), ", ".join(most_common(source.left_out.files))
         raise ValueError(
             f"{root}: no images in {n} tar file{'s' * (n != 1)}{held and f', but {held}'}; give shards that "
-            f"hold images ({' '.join(EXTENSIONS)})" + "".join(f"\n{note}" for note in source.notes)
+            f"hold images ({' '.join(TAKEN)})" + "".join(f"\n{note}" for note in source.notes)
         )
     return source
 

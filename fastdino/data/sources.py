@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +20,12 @@ from torch import Tensor
 from fastdino.data.images import EXTENSIONS, OPTIONAL, Unreadable, load, opened, reason_of
 from fastdino.files import printable_name
 
+# Extensions of the files that are taken: those of formats that need a library only where that is installed.
+TAKEN = tuple(
+    extension
+    for extension in EXTENSIONS
+    if extension not in OPTIONAL or find_spec(OPTIONAL[extension].replace("-", "_"))
+)
 # What file managers, network disks and archivers leave beside images, where no dot hides it.
 BY_PRODUCTS = {
     "#recycle",
@@ -335,7 +342,7 @@ def _entries(place: bytes, left_out: LeftOut) -> list[bytes]:
             (folders if is_folder else files)[found] += 1
         elif is_folder:
             names.append(entry.name + b"/")
-        elif (extension := extension_of(name)) not in EXTENSIONS:
+        elif (extension := extension_of(name)) not in TAKEN:
             files[extension] += 1
         # broken links are named when loaded
         elif is_file or (entry.is_symlink() and not os.path.exists(entry.path)):

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdino.data.images import EXTENSIONS
-from fastdino.data.sources import ALL, Patterns, by_product, extension_of
+from fastdino.data.sources import ALL, TAKEN, Patterns, by_product, extension_of
 from fastdino.files import write_atomically
 
 BLOCK = tarfile.BLOCKSIZE
@@ -203,7 +202,7 @@ def _why_not(member: tarfile.TarInfo, name: str, extension: str) -> str:
     plain = member.isreg() and not member.issparse() and "size" not in member.pax_headers
     if plain and member.size < LARGEST:
         return ""
-    return _NOT_PLAIN if extension in EXTENSIONS else extension
+    return _NOT_PLAIN if extension in TAKEN else extension
 
 
 def _scan(path: str, tar: Any, size: int, patterns: Patterns) -> Index:
@@ -231,7 +230,7 @@ def _scan(path: str, tar: Any, size: int, patterns: Patterns) -> Index:
             text = file.read(member.size).decode("utf-8", "replace").strip()
             label = kinds.setdefault(text, len(kinds))
             labels[begin:] = array("i", [label]) * (len(labels) - begin)
-        elif why := extension * (extension not in EXTENSIONS) or patterns.why_not(name):
+        elif why := extension * (extension not in TAKEN) or patterns.why_not(name):
             others[why] += 1
         else:
             head = (member.offset_data - member.offset) // BLOCK
