@@ -89,12 +89,14 @@ def network_of(state: dict[str, Tensor]) -> nn.Module:
         raise ValueError(
             f"these are not the tensors of a ViT (no {', '.join(missing)}) or a ResNet of torchvision: there "
             f"are {', '.join(list(state)[:6])}, ..."
+            + ("; DINOv3's rotary positions are not known here" if "rope_embed.periods" in state else "")
         )
     dim, patches = state["cls_token"].shape[-1], state["pos_embed"].shape[1] - 1
-    side, filters = math.isqrt(patches), state["patch_embed.proj.weight"]
-    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
+    side, filters = math.isqrt(max(patches, 0)), state["patch_embed.proj.weight"]
+    blocks = (int(match[1]) for name in state if (match := re.match(r"blocks\.(\d{1,6})\.", name)))
+    depth = min(1 + max(blocks), len(state))  # a block has several tensors
     _, heads = _names_and_heads().get((dim, depth), ("", dim // 64))
-    if side * side != patches or not heads or dim % heads:
+    if side * side != patches or not side or not filters.shape[-1] or not heads or dim % heads:
         raise ValueError(
             f"a ViT of width {dim} with {patches} positions: only square grids and heads of 64 are known"
         )
@@ -122,7 +124,7 @@ def flags_of(state: dict[str, Tensor]) -> str:
         with torch.device("meta"):
             network: Any = network_of(state)
         arch, _ = _names_and_heads()[network.embed_dim, len(network.blocks)]
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError):
         return ""
     flags = {"arch": arch, "patch-size": network.patch_size}
     if network.num_register_tokens:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -289,46 +289,58 @@ def write_teacher(path: Path, teacher: nn.Module | dict[str, Tensor], config: Co
 
 def teacher_step(out: Path) -> int | None:
     """The step of the teacher.safetensors in `out`, or None if there is none that can be read."""
-    path = out / "teacher.safetensors"
-    if not path.exists():
-        return None
     try:
-        with safe_open(path, "pt") as file:
-            return int(file.metadata()["step"])
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        return None  # damaged: it is written anew
+        return int(_teacher_header(out)["step"])
+    except (OSError, KeyError, ValueError):
+        return None  # not there, or damaged: it is written anew
 
 
 def read_teacher(path: str | Path) -> tuple[dict[str, Tensor], Config]:
-    """The tensors and configuration of a teacher.safetensors.
+    """The tensors and configuration of a teacher.safetensors, or of that of a run's folder.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or not one of fastdino's.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "teacher.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a run's folder or its teacher.safetensors")
+    config = read_teacher_config(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
+        return load_file(_teacher_path(path)), config
+    except (SafetensorError, KeyError) as error:  # KeyError: of a type that torch does not have
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
+def read_teacher_config(path: str | Path) -> Config:
+    """The configuration alone; raises as `read_teacher`."""
+    metadata = _teacher_header(path)
     if "fastdino_config" not in metadata:
         raise ValueError(f"{path} carries no fastdino configuration: it was not written by fastdino-train")
-    return state, from_dict(Config, json.loads(metadata["fastdino_config"]))
+    try:
+        return from_dict(Config, json.loads(metadata["fastdino_config"]))
+    except (TypeError, AttributeError, KeyError, RecursionError, OverflowError, ValueError) as error:
+        raise ValueError(f"{path} carries a configuration that cannot be read: {error}") from None
 
 
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a run's folder or a teacher.safetensors, rather than somebody else's weights."""
     path = Path(path)
-    if path.suffix != ".safetensors" or not path.exists():
+    if path.suffix != ".safetensors" or not path.is_file():
         return path.is_dir() or not path.exists()
+    return "fastdino_config" in _teacher_header(path)
+
+
+def _teacher_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        path = path / "teacher.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a run's folder or its teacher.safetensors")
+    return path
+
+
+def _teacher_header(path: str | Path) -> dict[str, str]:
+    path = _teacher_path(path)
     try:
         with safe_open(path, "pt") as file:
-            return "fastdino_config" in (file.metadata() or {})
+            return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None

@@ -15,7 +15,7 @@ LAYERS = (
     ("distributed",),
     ("cli", "optim", "sync_batch_norm"),
     ("parallel",),
-    ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "vit", "monitor"),
+    ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "monitor", "torch_saved", "vit"),
     ("backbones",),
     ("weights",),
     ("dino",),

@@ -1,6 +1,8 @@
 """Files of others are read by our names, loaded to the same features, refused clearly, and never executed."""
 
 import argparse
+import json
+import os
 import pickle
 import random
 import re
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_config, make_dino, perturb
 from torch import Tensor, nn
@@ -113,6 +116,90 @@ def test_a_network_alone_is_read_by_our_names(tmp_path: Path, kind: str, around:
     assert weights.kind == ("network" if any(name.startswith("head.") for name in ours) else "backbone")
     assert_same(weights.teacher, ours)
     assert_same(weights.student, ours)
+
+
+MOMENTUM = {
+    # file's prefix of the moving average, of the trained one, and what they are called
+    "solo-learn": ("momentum_backbone.", "backbone.", "momentum", "backbone"),
+    "solo-learn before 1.0": ("momentum_encoder.", "encoder.", "momentum", "backbone"),
+    "lightly's examples": ("teacher_backbone.", "student_backbone.", "teacher", "student"),
+    "lightly's benchmarks": ("backbone.", "student_backbone.", "backbone", "student"),
+    "lightly's BYOL": ("backbone_momentum.", "backbone.", "momentum", "backbone"),
+    "MoCo": ("module.encoder_k.", "module.encoder_q.", "momentum", "base"),
+    "MoCo v3": ("module.momentum_encoder.", "module.base_encoder.", "momentum", "base"),
+    "BYOL": ("target_encoder.", "online_encoder.", "target", "online"),
+    "DINOv2's FSDP": ("teacher.backbone.", "student.backbone.", "teacher", "student"),
+    "compiled": ("_orig_mod.teacher.module.backbone.", "student.backbone._orig_mod.", "teacher", "student"),
+    "parallel": ("teacher_backbone.module.", "module._orig_mod.student_backbone.", "teacher", "student"),
+    "Lightning around DINO": ("model.teacher.backbone.", "model.student.backbone.", "teacher", "student"),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("kind", MOMENTUM)
+def test_of_a_state_dict_with_a_momentum_network_that_one_is_the_teacher(
+    tmp_path: Path, kind: str, order: int
+) -> None:
+    momentum, trained, *names = MOMENTUM[kind]
+    average, follower = small_vit(), small_vit()
+    content = {f"{momentum}{k}": v for k, v in average.state_dict().items()}
+    content |= {f"{trained}{k}": v for k, v in follower.state_dict().items()}
+    content |= {"queue": torch.zeros(2, 3), "classifier.weight": torch.zeros(2, 64)}
+    content = dict(list(content.items())[::order])
+    path = write(tmp_path / "weights.ckpt", {"state_dict": content, "epoch": 3})
+    weights = read_weights(path)
+    assert weights.kind == f"full checkpoint, {names[0]} and {names[1]}"
+    of_backbones = [
+        {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+        for state in (weights.teacher, weights.student)
+    ]
+    assert_same(of_backbones[0], average.state_dict())
+    assert_same(of_backbones[1], follower.state_dict())
+    if names[0] == "teacher":
+        network = load_quietly(path)
+    else:
+        network, said = load_noting(path)
+        assert said.endswith(f"{names[0]} is taken for the teacher, the moving average of {names[1]}")
+    assert_same(network.state_dict(), average.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("ema", "plain"),
+    [("model_ema", "model"), ("state_dict_ema", "state_dict"), ("target_encoder", "encoder")],
+)
+def test_of_a_file_with_a_moving_average_that_one_is_the_teacher(
+    tmp_path: Path, ema: str, plain: str
+) -> None:
+    average, follower = small_vit(), small_vit()
+    content = {plain: follower.state_dict(), ema: average.state_dict(), "epoch": 3}
+    path = write(tmp_path / "weights.pth", content)
+    network, said = load_noting(path)
+    assert said.endswith(f"{ema} is taken for the teacher, the moving average of {plain}")
+    assert_same(network.state_dict(), average.state_dict())
+    assert_same(read_weights(path).student, {f"backbone.{k}": v for k, v in follower.state_dict().items()})
+
+
+def test_solo_learns_heads_are_taken_with_its_networks(tmp_path: Path) -> None:
+    source, dino = make_dino(), make_dino()
+    perturb(source)
+    content = {f"momentum_{k}": v for k, v in source.teacher.state_dict().items()}
+    content |= source.student.state_dict()
+    path = write(tmp_path / "last.ckpt", {"state_dict": content})
+    assert dino.load_weights(str(path)) == [
+        f"{path}: full checkpoint, momentum and backbone",
+        "momentum is taken for the teacher, the moving average of backbone",
+        "with its head",
+    ]
+    assert_same(dino.teacher.state_dict(), source.teacher.state_dict())
+    assert_same(dino.student.state_dict(), source.student.state_dict())
+
+
+def test_lightlys_resnet_in_numbered_parts_is_read(tmp_path: Path) -> None:
+    theirs = models.resnet18()
+    parts = nn.Sequential(*list(theirs.children())[:-1])
+    path = write(tmp_path / "a.ckpt", {f"teacher_backbone.{k}": v for k, v in parts.state_dict().items()})
+    theirs.fc = nn.Identity()
+    assert_same(load_quietly(path).state_dict(), theirs.state_dict())
 
 
 def test_values_of_every_type_arrive_bit_for_bit(tmp_path: Path) -> None:
@@ -922,3 +1009,113 @@ def test_loaded_weights_train_on(tmp_path: Path) -> None:
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None for p in dino.student.parameters() if p.requires_grad)
+
+
+# Files that lie
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"cls_token": torch.zeros(1, 1, 500_032)}, "heads of 64|does not fit"),
+        ({"cls_token": torch.zeros(1, 1, 0)}, "heads of 64"),
+        ({"pos_embed": torch.zeros(1, 0, 64)}, "only square grids"),
+        ({"pos_embed": torch.zeros(1, 1, 64)}, "only square grids"),
+        ({"patch_embed.proj.weight": torch.zeros(64, 3, 0, 0)}, "only square grids"),
+        ({"patch_embed.proj.weight": torch.zeros(1, 1, 1, 90_000)}, "does not fit"),
+        ({"blocks.0.mlp.fc2.weight": torch.zeros(1, 2_000_000)}, "does not fit"),
+        ({"blocks.999999.norm1.weight": torch.zeros(64)}, "does not fit"),
+        ({f"blocks.{'9' * 5000}.norm1.weight": torch.zeros(64)}, "does not fit"),
+        ({"register_tokens": torch.zeros(2)}, "does not fit|IndexError|range"),
+        ({"register_tokens": torch.zeros(0, 10**12, 64)}, "."),
+        ({"reg_token": torch.zeros(2)}, "no ViT has"),
+        ({"reg_token": torch.zeros(1, 9, 9)}, "no ViT has"),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(())}, "does not fit"),
+        (
+            {"norm.weight": torch.zeros(64, dtype=torch.int64)},
+            "norm.weight is torch.int64, not torch.float32",
+        ),
+        ({"norm.weight": torch.zeros(64, dtype=torch.bool)}, "norm.weight is torch.bool, not torch.float32"),
+        ({"rope_embed.periods": torch.zeros(4), "pos_embed": torch.zeros(1)}, "DINOv3's rotary positions"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_shapes_that_claim_another_network_are_refused_before_it_is_made(
+    tmp_path: Path, changed: dict[str, Tensor], why: str, suffix: str
+) -> None:
+    path = write(tmp_path / f"a.{suffix}", small_vit().state_dict() | changed)
+    with pytest.raises(ValueError, match=why) as error:
+        load_backbone(str(path))
+    assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        make_dino().load_weights(str(path))
+
+
+def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
+    source, dino = make_dino(), make_dino()
+    source.teacher.backbone.norm.weight.data[0] = torch.nan
+    source.student.head.mlp[0].bias.data[0] = torch.inf
+    path = write(tmp_path / "a.pth", as_official(source))
+    notes = dino.load_weights(str(path))
+    assert "not finite: norm.weight" in notes
+    assert "not finite: mlp.0.bias" in notes
+    vit = small_vit()
+    vit.norm.bias.data[0] = -torch.inf
+    _, said = load_noting(write(tmp_path / "b.pth", vit.state_dict()))
+    assert said.endswith("not finite: norm.bias")
+
+
+def claiming(path: Path, change: Any) -> Path:
+    """A teacher.safetensors whose configuration says something else than its tensors."""
+    config = make_config(NOWHERE, NOWHERE)
+    checkpoint.write_teacher(path, make_dino().teacher, config, 0)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    values = json.loads(metadata["fastdino_config"])
+    metadata["fastdino_config"] = change if isinstance(change, str) else json.dumps(change(values))
+    save_file(load_file(path), path, metadata=metadata)
+    return path
+
+
+def setting(section: str, **values: Any) -> Any:
+    return lambda config: config | {section: config[section] | values}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "", "{", "[]", "3", "null", '"text"', "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "NaN",
+        lambda config: config | {"model": None},
+        lambda config: config | {"model": [], "extra": 1},
+        setting("model", arch=3),
+        setting("model", arch="vit_unknown"),
+        setting("model", arch="timm:hf-hub:a/b"),
+        setting("model", arch="vit_giant"),
+        setting("model", patch_size=10**6),
+        setting("model", patch_size=10**30),
+        setting("model", num_register_tokens=10**15),
+        setting("model", num_register_tokens=1),
+        setting("model", out_dim=10**12),
+        setting("model", head_layers=10**9),
+        setting("model", head_hidden_dim=10**9),
+        setting("model", bottleneck_dim="x"),
+        setting("model", unknown=1),
+        setting("data", crops=None),
+        setting("data", crops={"global_crops_size": 4096, "local_crops_size": 4}),
+        setting("data", crops={"global_crops_size": "x"}),
+    ],
+    ids=range(28),
+)  # fmt: skip
+def test_a_configuration_that_lies_ends_in_a_sentence(tmp_path: Path, change: Any) -> None:
+    path = claiming(tmp_path / "teacher.safetensors", change)
+    with pytest.raises(ValueError, match=r"."):
+        load_backbone(str(path))
+
+
+def test_a_teacher_that_is_no_file_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "teacher.safetensors")  # opening it would wait for ever
+    assert checkpoint.teacher_step(tmp_path) is None
+    for path in (tmp_path, tmp_path / "teacher.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"teacher\.safetensors"):
+            load_backbone(str(path))

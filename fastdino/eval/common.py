@@ -200,7 +200,7 @@ def untrained(weights: str) -> nn.Module:
     """
     if not checkpoint.is_ours(weights):
         raise ValueError("--baselines needs the weights of a run, which say how the network was initialised")
-    config = checkpoint.read_teacher(weights)[1]
+    config = checkpoint.read_teacher_config(weights)
     torch.manual_seed(config.run.seed)
     network = DINO(config)
     if config.model.init_from:
@@ -217,7 +217,7 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 def trained_policy(weights: str) -> CropPolicy | None:
     """The crops that the run of `weights` was trained on; None for weights of others."""
-    return checkpoint.read_teacher(weights)[1].data.crops if checkpoint.is_ours(weights) else None
+    return checkpoint.read_teacher_config(weights).data.crops if checkpoint.is_ours(weights) else None
 
 
 # What the commands print and write.
