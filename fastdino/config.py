@@ -226,9 +226,9 @@ class MethodConfig:
     """Softmax temperature of the teacher after its warm-up. Above 0.07 training tends to collapse."""
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start; lower it if the loss does not fall."""
-    warmup_teacher_temp_epochs: int = 0
-    """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the
-    run."""
+    warmup_teacher_temp_epochs: int | Auto = 0
+    """Epochs over which the teacher temperature rises linearly. auto: 30, official DINO's, or three tenths of
+    the run where that is less. If longer than the run: three tenths of it."""
     centering: Literal["ema", "sinkhorn"] = "ema"
     """What keeps the teacher from collapsing to one prototype: a centre that follows its outputs, or
     Sinkhorn-Knopp on each batch (on each piece of it with --accumulate)."""
@@ -267,9 +267,9 @@ class OptimConfig:
     adamw."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine; not scaled."""
-    warmup_epochs: float = 10
-    """Epochs over which the learning rate rises linearly from 0. If longer than the run: a tenth of the
-    run."""
+    warmup_epochs: float | Auto = "auto"
+    """Epochs over which the learning rate rises linearly from 0. auto: 10, official DINO's, or a tenth of the
+    run where that is less. If longer than the run: a tenth of it."""
     weight_decay: float = 0.04
     """Weight decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float = 0.4
@@ -283,7 +283,8 @@ class OptimConfig:
     """Epochs during which the prototypes get neither gradient nor decay."""
     head_warmup_steps: int = 0
     """Updates before the others in which the head alone learns, the backbone of --init-from held still; the
-    learning rate rises to its peak over them, and begins anew after them."""
+    learning rate rises to its peak over them, and begins anew after them. If the run has no more: a tenth of
+    them."""
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "epochs batch_size accumulate")
@@ -400,6 +401,27 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**made)
 
 
+def warmup_length(asked: float | Auto, published: float, share: float, epochs: int) -> float:
+    """Epochs of a warm-up: as asked for, or its share of a run that is shorter than that.
+
+    auto: as published, or its share of the run where that is less. A fixed number would make a short run one
+    long warm-up.
+    """
+    if asked == "auto":
+        return min(published, share * epochs)
+    return asked if asked <= epochs else share * epochs
+
+
+def lr_warmup(config: OptimConfig) -> float:
+    """Epochs of learning-rate warm-up; official DINO's are 10, a tenth of 100."""
+    return warmup_length(config.warmup_epochs, 10, 0.1, config.epochs)
+
+
+def temperature_warmup(config: Config) -> int:
+    """Epochs of teacher-temperature warm-up; the published recipe's are 30, three tenths of 100."""
+    return round(warmup_length(config.method.warmup_teacher_temp_epochs, 30, 0.3, config.optim.epochs))
+
+
 IMAGES_A_PROTOTYPE = 8
 TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 
@@ -443,6 +465,20 @@ def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple
             f"of 1024, by the root of the batch {optim.batch_size} and the inverse of the width {width}"
         )
         optim = replace(optim, lr=lr)
+    if optim.warmup_epochs == "auto":
+        optim = replace(optim, warmup_epochs=float(f"{lr_warmup(optim):.3g}"))
+        if optim.epochs < 100:
+            sentences.append(
+                f"--warmup-epochs {optim.warmup_epochs:g}: a tenth of the {optim.epochs} epochs, as official "
+                "DINO's 10 of 100"
+            )
+    if method.warmup_teacher_temp_epochs == "auto":
+        method = replace(method, warmup_teacher_temp_epochs=temperature_warmup(config))
+        if optim.epochs < 100:
+            sentences.append(
+                f"--warmup-teacher-temp-epochs {method.warmup_teacher_temp_epochs}: three tenths of the "
+                f"{optim.epochs} epochs, as the published 30 of 100"
+            )
     return replace(config, model=model, method=method, optim=optim), sentences
 
 
@@ -483,7 +519,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 bottleneck_dim=128,
             ),
             method=MethodConfig(momentum_teacher="auto"),
-            optim=OptimConfig(epochs=9, warmup_epochs=1, lr="auto"),
+            optim=OptimConfig(epochs=9, lr="auto"),
             run=RunConfig(save_every=200, knn_every_epochs=3),
         ),
     ),
@@ -502,7 +538,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         replace(
             _small,
             model=replace(_small.model, norm_last_layer=False),
-            method=replace(_small.method, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
+            method=replace(_small.method, teacher_temp=0.07, warmup_teacher_temp_epochs="auto"),
             optim=replace(_small.optim, epochs=300),
         ),
     ),

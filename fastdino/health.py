@@ -82,7 +82,7 @@ class Health:
     ) -> None:
         self.config, self.source, self.update, self.run, self.monitor = config, source, update, run, monitor
         self.doctor = Doctor(config, distributed.world_size())
-        self.notes = self.doctor.before()
+        self.notes = self.doctor.before(run.total_steps)
         self.skipped: int = run.state.get("skipped", 0)
         unreadable = run.state.get("unreadable", {"run": [], "epoch": []})
         self.unreadable = {part: set[str](paths) for part, paths in unreadable.items()}

@@ -560,13 +560,6 @@ def test_the_backbone_is_still_while_the_head_warms_up(tmp_path: Path, images: P
     assert all(torch.equal(end[name], tensor) for name, tensor in found[6].items())
 
 
-def test_a_head_warmup_as_long_as_the_run_is_refused(tmp_path: Path, images: Path) -> None:
-    path = released(tmp_path, images)
-    config = make_config(images, tmp_path / "run", epochs=1, init_from=str(path), head_warmup_steps=2)
-    with pytest.raises(ValueError, match="--head-warmup-steps 2: the run has 2 updates"):
-        train.train(config)
-
-
 # The loss is about ln 96 = 4.6 and falls by 0.3 in these ten updates; bf16 rounds each number to 0.4 %.
 BAND = 0.01
 
