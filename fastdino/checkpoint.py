@@ -5,6 +5,7 @@ Each is written beside its place, flushed to the disk and renamed, so one that i
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
+from fastdino.checkpoint_reader import Reader, check, digests, read_info, read_metadata
 from fastdino.config import Config, from_dict, to_dict
 from fastdino.distributed import cpu_group, full_tensor, gather, on_rank_zero, rank, world_size
 from fastdino.files import differences, lock, sync, write_atomically, write_text
@@ -138,17 +140,18 @@ class Saver:
     def _complete(
         self, step: int, written: Any, info: dict[str, Any], write_teacher: Callable[[], None]
     ) -> None:
-        written.result()
+        metadata = written.result()
         if rank() != 0:
             return
         folder = self.out / "checkpoints"
         final, tmp = folder / f"step_{step}", folder / f".step_{step}.tmp"
-        for stored in (dcp.FileSystemReader(tmp).read_metadata().storage_data or {}).values():
-            if not (tmp / stored.relative_path).exists():
+        for name in {stored.relative_path for stored in metadata.storage_data.values()}:
+            if not (tmp / name).exists():
                 raise OSError(
-                    f"{tmp / stored.relative_path}, which another rank wrote, is not here: --out must be on "
-                    "a file system that all machines share"
+                    f"{tmp / name}, which another rank wrote, is not here: --out must be on a file system "
+                    "that all machines share"
                 )
+        info = info | {"digests": digests(tmp)}
         (tmp / "info.json").write_text(json.dumps(info))
         for path in tmp.iterdir():
             sync(path)
@@ -206,25 +209,36 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any])
 
 def checkpoints(out: Path) -> dict[int, Path]:
     """Checkpoints of the run in `out` by step, oldest first."""
-    found = {int(p.name[5:]): p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()}
-    return dict(sorted(found.items()))
+    # Not isdigit, for which other alphabets' digits are digits too.
+    names = re.compile(r"step_(0|[1-9][0-9]{0,14})")
+    found = {int(m[1]): p for p in (out / "checkpoints").glob("step_*") if (m := names.fullmatch(p.name))}
+    return {step: path for step, path in sorted(found.items()) if path.is_dir()}
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Fill `tensors` in place from checkpoint folder `path`; returns what `save` was given as `info`.
 
-    However many ranks wrote it, and whether they held whole tensors or parts.
+    However many ranks wrote it, and whether they held whole tensors or parts. Whoever wrote it, nothing in
+    it is executed, and nothing is filled before its files have been found whole and of these sizes.
 
     Raises:
         ValueError: it cannot be read, on any rank; the tensors may then hold anything.
     """
-    error = ""
+    error, info = "", dict[str, Any]()
+    try:
+        info = read_info(path, verify=rank() == 0)
+        metadata = read_metadata(path)
+        check(path, metadata, tensors)
+    except Exception as caught:  # a damaged file can make a reader raise anything
+        error = f"{path} cannot be read: {_reason(caught)}"
+    if error := _agreed(error):
+        raise ValueError(error)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.load(tensors, checkpoint_id=path, process_group=cpu_group(), no_dist=world_size() == 1)
-        info = json.loads((path / "info.json").read_text())
-    except (Exception, CheckpointException) as caught:  # a damaged file can make the reader raise anything
+            reader = Reader(path, metadata)
+            dcp.load(tensors, storage_reader=reader, process_group=cpu_group(), no_dist=world_size() == 1)
+    except (Exception, CheckpointException) as caught:
         error = f"{path} cannot be read: {_reason(caught)}"
     if error := _agreed(error):
         raise ValueError(error)
