@@ -141,6 +141,18 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda tmp: tmp.write_text(text))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file and flush it; ValueError where it is no regular file."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    with os.fdopen(fd, "ab") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        file.write(text.encode())
+        file.flush()
+        os.fsync(fd)
+    sync(path.parent)
+
+
 class Lock(ExitStack):
     """Holds a folder until it is closed or the process ends.
 
