@@ -6,9 +6,10 @@ flag and what to do. Defaults are those of official DINO (Caron et al. 2021, arX
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -307,6 +308,12 @@ class RunConfig:
 
     out: str = ""
     """Folder of the run. If it holds a run of the same configuration, that run is continued."""
+    extend: bool = False
+    """Continue the run in --out with another number of --epochs. The schedules span all of them, so the
+    learning rate jumps."""
+    change: bool = False
+    """Continue the run in --out with other flags, images or precision, as long as its tensors keep their
+    shapes. What changed is kept in changes.jsonl."""
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -383,18 +390,25 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The config of class `cls` from what `to_dict` gave; raises ValueError on a field this version does not
-    know."""
+    """The config of class `cls` from what `to_dict` gave.
+
+    Raises:
+        ValueError: on anything else: a field this version does not know, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is {reprlib.repr(values)}, not its fields: was the file changed?")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - set(fields):
         raise ValueError(
-            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: written by another version?"
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))[:200]}: written by another version?"
         )
     made: dict[str, Any] = {}
     for name, value in values.items():
         kind = fields[name].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             value = from_dict(kind, value)
+        elif not _is_of(value, kind):
+            raise ValueError(f"{_flag(name)} is {reprlib.repr(value)}, which it cannot be")
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value
@@ -420,6 +434,23 @@ def lr_warmup(config: OptimConfig) -> float:
 def temperature_warmup(config: Config) -> int:
     """Epochs of teacher-temperature warm-up; the published recipe's are 30, three tenths of 100."""
     return round(warmup_length(config.method.warmup_teacher_temp_epochs, 30, 0.3, config.optim.epochs))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field; whole numbers are floats too, and lists are tuples."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in inner
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if inner:
+        return any(_is_of(value, one) for one in inner)
+    if kind in (int, float):
+        return type(value) in (int, kind) and -(2**62) < value < 2**62  # neither NaN nor infinite
+    return type(value) is kind and not (kind is str and "\0" in value)
 
 
 IMAGES_A_PROTOTYPE = 8

@@ -29,7 +29,7 @@ from fastdino.eval.knn import check_classes, evaluate_knn, knn_roles
 from fastdino.health import Health, Row, Window
 from fastdino.monitor import Monitor, plot_curves, read_metrics
 from fastdino.optim import Schedule
-from fastdino.run import REQUEUE, Interrupted, Run, RunError, has_checkpoint
+from fastdino.run import REQUEUE, Interrupted, Run, RunError, has_checkpoint, with_numbers_of_run
 from fastdino.update import Update
 
 
@@ -38,9 +38,9 @@ def train(
 ) -> dict[str, Any]:
     """Train DINO as `config` says, or continue the run in `config.run.out`.
 
-    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png and,
-    for a ViT, attention.png. Where torchrun or srun has launched N processes, each calls this: they share
-    each batch, and the result is that of one process.
+    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png, for
+    a ViT attention.png, and changes.jsonl where --extend or --change was used. Where torchrun or srun has
+    launched N processes, each calls this: they share each batch, and the result is that of one process.
 
     Args:
         config: the run.
@@ -60,13 +60,13 @@ def train(
         # What to train on, and the numbers that follow from it.
         images = open_images(config, device)
         with distributed.raise_on_all_ranks():
-            config, explanations = resolve_auto_for(config, len(images.source))
+            config, explanations = resolve_auto_for(with_numbers_of_run(config), len(images.source))
             schedule = Schedule(config, images.steps_per_epoch)
         total = schedule.total_steps
 
         # What trains. Entering `run` locks the folder and loads its checkpoint, if any, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
-        run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
+        run = stack.enter_context(Run(config, update, images.fingerprint, schedule))
         wandb, quiet = config.run.wandb, distributed.rank() > 0
         monitor = stack.enter_context(Monitor(run.out, run.start_step, total, to_dict(config), wandb, quiet))
         loader = make_loader(config, images, device, run.start_step, total)
@@ -332,8 +332,10 @@ def waiting_advice(images: Images, loader: data.Loader, device: torch.device) ->
     hints = [
         f"more --workers ({loader.workers} now, on {cores} cores)" if loader.workers < cores else "",
         "--loader dali" if not dali and device.type == "cuda" else "",
-        "--jpeg-scaling if the photographs are far larger than the crops" if not dali else "",
-        "shards (fastdino-data pack) if many small files are what is slow, or a faster disk",
+        "--jpeg-scaling (a begun run wants --change) if the photographs are far larger than the crops"
+        if not dali
+        else "",
+        "shards (fastdino-data pack; --change) if many small files are what is slow, or a faster disk",
     ]
     return "training waits for images; what may help: " + "; ".join(hint for hint in hints if hint)
 
