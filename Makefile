@@ -41,7 +41,8 @@ check: $(VENV)/installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m pytest benchmarks/suite --benchmark-autosave
+	$(BIN)/python -m pytest benchmarks/suite.py --benchmark-autosave --benchmark-disable-gc \
+		--benchmark-group-by=group --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds
 
 clean:
 	rm -rf $(VENV) build samples runs fastdino/*.so

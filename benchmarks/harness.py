@@ -1,4 +1,4 @@
-"""What every benchmark shares: cases, an interleaved clock, peak memory, stamps, tables, bars."""
+"""What every benchmark shares: cases, an interleaved clock, peak memory, stamps, tables, plots."""
 
 import argparse
 import ctypes
@@ -8,12 +8,14 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,7 @@ class Case:
         sizes: what it is done on; the title of its table.
         variants: name to a call that returns the tensors to compare; the first one's are the reference.
         limits: largest error of a variant, of the largest value of each tensor; "" for those not named.
-        setup: called before each call that is timed or compared, and not timed.
-        reset: called before each call that is compared, to have all begin with the same numbers.
+        setup: called before each call, and not timed.
         bytes: how many must be moved; a copy of as many is timed too.
         held: bytes of a variant's peak memory that are its result.
     """
@@ -49,8 +50,7 @@ class Case:
     sizes: Row
     variants: Timed
     limits: dict[str, float] = field(default_factory=lambda: {"": 1e-4})
-    setup: Callable[[], object] | None = None
-    reset: Callable[[], object] | None = None
+    setup: Callable[[], object] = lambda: None
     bytes: int = 0
     held: int = 0
 
@@ -58,11 +58,9 @@ class Case:
         """Raises SystemExit unless all variants compute the same."""
         expected: list[Tensor] = []
         for name, run in self.variants.items():
-            for prepare in filter(None, (self.reset, self.setup)):
-                prepare()
+            self.setup()
             found = [x.detach().double() for x in run() or ()]  # None: not compared
-            if found and not expected:
-                expected = [x.clone() for x in found]
+            expected = expected or [x.clone() for x in found]
             errors = [off(x, y) for x, y in zip(found, expected, strict=True)] if found else []
             if not all(error <= self.limits.get(name, self.limits[""]) for error in errors):
                 raise SystemExit(f"{self.op}: {name} is off by {max(errors):.1e}: nothing was timed")
@@ -75,7 +73,7 @@ class Case:
             source = torch.randn(self.bytes // 8, device=device)
             target = torch.empty_like(source)
             timed[COPY] = lambda: target.copy_(source)
-        times = interleave(timed, Clock(device, ahead=True), seconds, rounds, self.setup)
+        times = interleave(timed, Clock(device), seconds, rounds, self.setup)
         rows = []
         for name, ms in times.items():
             row: Row = {"op": self.op, "sizes": self.sizes, "variant": name, "ms": spread(ms)}
@@ -105,12 +103,12 @@ def synchronize(device: torch.device) -> None:
 class Clock:
     """Milliseconds of one call; on a GPU between its first kernel and its last, with a cold cache.
 
-    On a GPU a call that launches more slowly than it computes would be timed by its launches; with `ahead`
-    the GPU waits some ten milliseconds until all of them are queued.
+    A call that launches more slowly than it computes would be timed by its launches: a GPU first waits some
+    ten milliseconds, until all of them are queued.
     """
 
-    def __init__(self, device: torch.device, ahead: bool = False) -> None:
-        self.cuda, self.ahead = device.type == "cuda", ahead
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
         self.flush = torch.empty(2**28 if self.cuda else 0, dtype=torch.int8, device=device)
 
     def __call__(self, run: Callable[[], object]) -> float:
@@ -119,8 +117,7 @@ class Clock:
             run()
             return (time.perf_counter() - start) * 1e3
         self.flush.zero_()
-        if self.ahead:
-            torch.cuda._sleep(20_000_000)  # clock cycles
+        torch.cuda._sleep(20_000_000)  # clock cycles
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         run()
@@ -134,7 +131,7 @@ def interleave(
     clock: Callable[[Callable[[], Any]], float],
     seconds: float,
     rounds: int,
-    setup: Callable[[], object] | None = None,
+    setup: Callable[[], object] = lambda: None,
     *,
     warm: int = 1,
     due: int = 1,
@@ -149,8 +146,7 @@ def interleave(
         began = time.perf_counter()
         start = began if done == 0 else start
         for name, run in random.Random(done).sample([*timed.items()], len(timed)):
-            if setup:
-                setup()
+            setup()
             times[name].append(clock(run))
         now = time.perf_counter()
         if done + 1 >= due and now - start + (now - began) > seconds:
@@ -170,11 +166,10 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def peak_bytes(
-    run: Callable[[], object], device: torch.device, setup: Callable[[], object] | None = None
+    run: Callable[[], object], device: torch.device, setup: Callable[[], object] = lambda: None
 ) -> int:
     """Memory beyond what is held before the call, at its highest; -1 where the system does not tell."""
-    if setup:
-        setup()
+    setup()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -211,24 +206,23 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class Conditions:
-    """How busy the machine was with other work between construction and `describe`."""
+    """How busy the machine was with other work, the hypervisor's included, since this was made."""
 
     def __init__(self) -> None:
-        self.load, self.before = os.getloadavg()[0], self._now()
+        self.before = self._now()
 
     @staticmethod
-    def _now() -> tuple[float, float, float]:
-        stat = Path("/proc/stat")
-        ticks = [int(x) for x in stat.read_text().split("\n")[0].split()[1:]] if stat.exists() else [0] * 8
-        own, hertz = sum(os.times()[:4]), os.sysconf("SC_CLK_TCK")
-        return sum(ticks[:8]) / hertz, (sum(ticks[:3]) + sum(ticks[5:7])) / hertz - own, ticks[7] / hertz
+    def _now() -> tuple[float, float]:
+        """Seconds of all cores, and those of them that other programs took."""
+        stat, hertz = Path("/proc/stat"), os.sysconf("SC_CLK_TCK")
+        ticks = [int(x) for x in stat.read_text().split("\n")[0].split()[1:9]] if stat.exists() else [0] * 8
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / hertz, (sum(ticks) - idle) / hertz - sum(os.times()[:4])
 
     def describe(self) -> Row:
-        """Load averages, and other programs' and the hypervisor's shares of the cores' time."""
-        total, others, stolen = (b - a for a, b in zip(self.before, self._now(), strict=True))
-        shares = {"others_share_of_cores": others, "stolen": stolen}
-        loads = {"load_before": self.load, "load_after": os.getloadavg()[0]}
-        return loads | {name: round(value / max(total, 1e-9), 3) for name, value in shares.items()}
+        """Others' share of the cores' time."""
+        total, others = (b - a for a, b in zip(self.before, self._now(), strict=True))
+        return {"others_share_of_cores": round(others / max(total, 1e-9), 3)}
 
 
 def processor(cpuinfo: str) -> str:
@@ -249,11 +243,8 @@ def machine(device: torch.device) -> Row:
     host = f"{cpu}, {isa}, {threads} thread{'s' * (threads > 1)}"
     words = iter(sys.argv[1:])
     given = " ".join(w for w in words if w != "--out" or not next(words))  # where it lies says nothing
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # a machine without git
-        commit = ""
+    git = ["git", "rev-parse", "--short", "HEAD"] if shutil.which("git") else ["echo"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host,
         "processor": host,
@@ -264,7 +255,7 @@ def machine(device: torch.device) -> Row:
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {given}".rstrip(),
         "runs": ops.describe(device),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
+    } | {package: version(package) for package in ("timm", "lightly") if find_spec(package)}
 
 
 def folder(about: Row) -> Path:
@@ -310,9 +301,8 @@ class Results:
         self.about = about
         self.out.mkdir(parents=True, exist_ok=True)
         lines = "\n".join(f"- {key}: {value}" for key, value in about.items())
-        write_text(
-            self.out / "results.json", json.dumps({"about": about, "rows": self.rows}, indent=1) + "\n"
-        )
+        found = json.dumps({"about": about, "rows": self.rows}, indent=1)
+        write_text(self.out / "results.json", f"{found}\n")
         write_text(self.out / "table.md", f"# {self.title}\n\n{lines}\n{self.text(self.rows)}")
 
 
@@ -334,65 +324,48 @@ def show(x: Any) -> str:
     return "" if x is None else str(x)
 
 
-def table(title: str, rows: Sequence[Row], name: str, cells: Sequence[Row]) -> str:
-    """Markdown: a line for each row, which begins with its `name`, a column for each key of its cells."""
-    columns = list(dict.fromkeys(key for line in cells for key in line))
-    columns = [key for key in columns if any(line.get(key) is not None for line in cells)]
-    lines = ["", f"**{title}**", "", f"| {' | '.join([name, *columns])} |", "|---|" + "--:|" * len(columns)]
-    for row, line in zip(rows, cells, strict=True):
-        lines.append(f"| {' | '.join([row[name], *(show(line.get(key)) for key in columns)])} |")
-    return "\n".join([*lines, ""])
+def table(title: str, name: str, lines: Sequence[tuple[str, Row]]) -> str:
+    """Markdown: a line for each name and its cells, a column for each key of the cells that has a value."""
+    columns = list(dict.fromkeys(key for _, cells in lines for key in cells))
+    columns = [key for key in columns if any(cells.get(key) is not None for _, cells in lines)]
+    out = ["", f"**{title}**", "", f"| {' | '.join([name, *columns])} |", "|---|" + "--:|" * len(columns)]
+    for first, cells in lines:
+        out.append(f"| {' | '.join([first, *(show(cells.get(key)) for key in columns)])} |")
+    return "\n".join([*out, ""])
 
 
-Bars = dict[str, dict[str, dict[str, Any]]]
-
-
-def bars(
-    path: Path, title: str, panels: Bars, unit: str, about: Row, stacked: bool = False, log: bool = False
+def draw(
+    path: Path, title: str, panels: Row, unit: str, about: Row, stacked: bool = False, log: bool = False
 ) -> None:
-    """A panel each with groups of horizontal bars: panel, group, series to a number or a `spread`."""
+    """A panel each with groups of dots, or of one stacked bar: panel, group, series to number or `spread`."""
     if not find_spec("matplotlib") or not panels:
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(4, len(panels))
-    tallest = max(len(groups) if stacked else sum(map(len, groups.values())) for groups in panels.values())
-    size = 4.2 * columns + 2.5, (1.4 + 0.2 * max(4, tallest)) * -(-len(panels) // columns) + 0.8
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    columns, lines = min(4, len(panels)), -(-len(panels) // 4)
+    figure = Figure((4.5 * columns + 2.5, 4.5 * lines + 0.8), layout="constrained")
+    handles: Row = {}
     names = dict.fromkeys(name for groups in panels.values() for found in groups.values() for name in found)
     colours = {name: f"C{i}" for i, name in enumerate(names)}
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (panel, groups) in zip(axes.flat, panels.items(), strict=False):
+    for number, (panel, groups) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(lines, columns, number)
         for i, found in enumerate(groups.values()):
             left = 0.0
             for j, (name, x) in enumerate(found.items()):
-                x = x if isinstance(x, dict) else {"median": x, "low": x, "high": x}
-                height = 0.8 if stacked else 0.8 / len(found)
-                at = i if stacked else i + height * (j + 0.5) - 0.4
-                error = None if stacked else [[x["median"] - x["low"]], [x["high"] - x["median"]]]
-                if log:  # a bar's length means nothing there
-                    axis.errorbar(x["median"], at, xerr=error, fmt="o", color=colours[name], label=name)
-                else:
-                    axis.barh(at, x["median"], height, left, color=colours[name], label=name, xerr=error)
-                left += x["median"] * stacked
+                if stacked:
+                    handles[name] = axis.barh(i, x, 0.8, left, color=colours[name])
+                    left += x
+                    continue
+                middle, low, high = (x["median"], x["low"], x["high"]) if isinstance(x, dict) else (x, x, x)
+                at, error = i + 0.8 * (j + 0.5) / len(found) - 0.4, [[middle - low], [high - middle]]
+                handles[name] = axis.errorbar(middle, at, xerr=error, fmt="o", color=colours[name])
         axis.set_yticks(range(len(groups)), groups)
         axis.invert_yaxis()
-        axis.set_title(panel, fontsize="medium")
-        axis.set_xlabel(unit)
+        axis.set(title=panel, xlabel=unit, xscale="log" if log else "linear")
         axis.grid(axis="x", alpha=0.3)
-        if log:
-            axis.set_xscale("log")
-    handles = {n: h for axis in axes.flat for h, n in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1:
         figure.legend(handles.values(), handles, loc="outside right center")
-    figure.suptitle(title)
     below = f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date'][:10]}"
+    figure.suptitle(title)
     figure.supxlabel(below, fontsize="small", color="grey")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -28,58 +28,41 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import (
-    Clock,
-    Results,
-    Row,
-    Timed,
-    interleave,
-    parser,
-    ratio,
-    spread,
-    synchronize,
-    table,
-)
+from benchmarks.harness import Results, Row, interleave, parser, ratio, spread, synchronize, table
 from fastdino import data
 from fastdino.config import CropPolicy
 from fastdino.data import crops
 
 SEED = 0
-PARTS = ("core", "workers")
 CPU = torch.device("cpu")
-PHOTOGRAPHS = {
-    "skimage/data": "astronaut.png chelsea.png coffee.png motorcycle_left.png "
-    "motorcycle_right.png rocket.jpg",
-    "sklearn/datasets/images": "china.jpg flower.jpg",
-}
 
 
 # Images.
 
 
 def photographs() -> dict[str, Any]:
-    """The photographs by name, uint8 (h, w, 3); ImportError where a package is missing."""
-    found = {}
-    for folder, names in PHOTOGRAPHS.items():
-        package, _, below = folder.partition("/")
-        if not (spec := find_spec(package)) or spec.origin is None:
-            raise ImportError(f"the photographs lie in {package}: pip install scikit-learn scikit-image")
-        for name in names.split():
-            path = Path(spec.origin).parent / below / name
-            found[path.stem] = np.asarray(Image.open(path).convert("RGB"))
-    return found
+    """Eight photographs by name, uint8 (h, w, 3); ImportError where a package is missing."""
+    from skimage import data as found
+    from sklearn.datasets import load_sample_images
+
+    china, flower = load_sample_images().images
+    left, right, _ = found.stereo_motorcycle()
+    named = {"astronaut": found.astronaut(), "chelsea": found.chelsea(), "coffee": found.coffee()}
+    named |= {"motorcycle_left": left, "motorcycle_right": right, "rocket": found.rocket()}
+    return named | {"china": china, "flower": flower}
 
 
 def piece(photo: Any, rng: np.random.Generator) -> Image.Image:
@@ -115,21 +98,18 @@ def make_photos(folder: Path, count: int = 512, seed: int = 0) -> None:
 class Way:
     """A way to load: `open` takes images a batch, workers and batches, and yields batches as sent."""
 
-    name: str
     open: Callable[[int, int, int], Iterable[Any]]
-    views: Callable[[Any], list[Tensor]] = lambda sent: sent[0]
-    dataset: Any = None  # of others: has loader, samples and transform, as torchvision's
+    ours: bool = False
     dali: bool = False
 
+    def views(self, sent: Any) -> list[Tensor]:
+        """Of a batch as sent."""
+        return sent.views if self.ours else sent[0]
 
-class Sometimes:
-    """A Pillow image through `change` with probability p, as official DINO's blur and solarisation."""
 
-    def __init__(self, change: Callable[[Image.Image], Image.Image], p: float) -> None:
-        self.change, self.p = change, p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return self.change(image) if random.random() < self.p else image
+def blurred(image: Image.Image, radius: tuple[float, float]) -> Image.Image:
+    """By Pillow, with a radius drawn anew."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*radius)))
 
 
 class AllViews:
@@ -154,16 +134,13 @@ class AllViews:
         t: Any = tensors if v2 else transforms
         crop = t.RandomResizedCrop(size, scale, interpolation=t.InterpolationMode.BICUBIC, antialias=True)
         jitter = t.RandomApply([t.ColorJitter(p.brightness, p.contrast, p.saturation, p.hue)], p=p.jitter)
-        if v2:
-            smooth: Any = t.RandomApply([t.GaussianBlur(9, p.blur_radius)], p=blur)
-            light: Any = t.RandomSolarize(128, sun)
-            last: Any = t.ToDtype(torch.float32, scale=True)
-        else:
-            radius = p.blur_radius
-            smooth = Sometimes(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(*radius))), blur)
-            light, last = Sometimes(ImageOps.solarize, sun), t.ToTensor()
-        steps = [crop, t.RandomHorizontalFlip(p.flip), jitter, t.RandomGrayscale(p.grayscale), smooth]
-        return t.Compose([*steps, *([light] if sun else []), last, t.Normalize(p.mean, p.std)])
+        blurring = (
+            t.GaussianBlur(9, p.blur_radius) if v2 else t.Lambda(partial(blurred, radius=p.blur_radius))
+        )
+        last = t.ToDtype(torch.float32, scale=True) if v2 else t.ToTensor()
+        steps = [crop, t.RandomHorizontalFlip(p.flip), jitter, t.RandomGrayscale(p.grayscale)]
+        steps += [t.RandomApply([blurring], p=blur), t.RandomSolarize(128, sun)]
+        return t.Compose([*steps, last, t.Normalize(p.mean, p.std)])
 
 
 def decode_tensor(path: str) -> Tensor:
@@ -181,13 +158,7 @@ def batches_of(n: int, batch: int, count: int) -> list[list[int]]:
 
 
 def our_loader(
-    source: Any,
-    policy: CropPolicy,
-    kind: str,
-    batch: int,
-    workers: int,
-    count: int,
-    device: torch.device = CPU,
+    source: Any, policy: CropPolicy, kind: str, device: torch.device, batch: int, workers: int, count: int
 ) -> Iterable[Any]:
     """Our batches; the one place that knows how make_loader is called."""
     steps: Any = {"seed": SEED, "start_step": 0, "total_steps": count}
@@ -195,49 +166,34 @@ def our_loader(
     return data.make_loader(source, policy, **steps, **options)
 
 
-def ways_of(
-    where: Path, source: Any, device: torch.device, policy: CropPolicy
-) -> tuple[list[Way], dict[str, str]]:
-    """The ways that run here, and why the others do not."""
-    found: list[Way] = []
-    missing: dict[str, str] = {}
-
-    def other(name: str, dataset: Any, images: Any) -> None:
-        if [path for path, _ in images.samples] != [source.path(i) for i in range(len(source))]:
-            raise SystemExit(f"{name} numbers the images otherwise than fastdino: nothing was timed")
-
-        def open_(batch: int, workers: int, count: int) -> DataLoader[Any]:
-            order, pinned = batches_of(len(dataset), batch, count), device.type == "cuda"
-            return DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=pinned)
-
-        found.append(Way(name, open_, dataset=images))
-
-    def ours(name: str, kind: str) -> None:
-        def open_(batch: int, workers: int, count: int) -> Iterable[Any]:
-            return our_loader(source, policy, kind, batch, workers, count, device)
-
-        found.append(Way(name, open_, lambda sent: sent.views, dali=kind == "dali"))
-
+def ways_of(where: Path, source: Any, device: torch.device, policy: CropPolicy) -> dict[str, Way]:
+    """The ways that run here, by name."""
     from torchvision.datasets import ImageFolder
 
     official = ImageFolder(str(where), transform=AllViews(policy, v2=False))
-    other("official DINO", official, official)
     v2 = ImageFolder(str(where), transform=AllViews(policy, v2=True), loader=decode_tensor)
-    other("torchvision v2", v2, v2)
-    try:
+    others: Row = {"official DINO": (official, official), "torchvision v2": (v2, v2)}
+    if find_spec("lightly"):
         from lightly.data import LightlyDataset
         from lightly.transforms import DINOTransform
-    except ImportError as error:  # lightly itself, or a package that it needs
-        missing["lightly"] = str(error)
-    else:
-        dataset = LightlyDataset(str(where), DINOTransform(n_local_views=policy.local_crops_number))
-        other("lightly", dataset, dataset.dataset)
-    ours("fastdino", "torchvision")
+
+        lightly = LightlyDataset(str(where), DINOTransform(n_local_views=policy.local_crops_number))
+        others["lightly"] = lightly, lightly.dataset
+    found = {}
+    for name, (dataset, images) in others.items():
+        if [path for path, _ in images.samples] != [source.path(i) for i in range(len(source))]:
+            raise SystemExit(f"{name} numbers the images otherwise than fastdino: nothing was timed")
+
+        def open_(batch: int, workers: int, count: int, dataset: Any = dataset) -> DataLoader[Any]:
+            order, pinned = batches_of(len(dataset), batch, count), device.type == "cuda"
+            return DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=pinned)
+
+        found[name] = Way(open_)
+    found["fastdino"] = Way(partial(our_loader, source, policy, "torchvision", device), ours=True)
     if find_spec("nvidia") and find_spec("nvidia.dali"):
-        ours("fastdino, DALI", "dali")
-    else:
-        missing["fastdino, DALI"] = "nvidia.dali is not installed"
-    return found, missing
+        dali = partial(our_loader, source, policy, "dali", device)
+        found["fastdino, DALI"] = Way(dali, ours=True, dali=True)
+    return found
 
 
 def finish(views: list[Tensor], device: torch.device, policy: CropPolicy) -> list[Tensor]:
@@ -246,10 +202,10 @@ def finish(views: list[Tensor], device: torch.device, policy: CropPolicy) -> lis
     return [view if view.is_floating_point() else crops.normalize(view, policy) for view in moved]
 
 
-def check(ways: list[Way], source: Any, device: torch.device, images: int, policy: CropPolicy) -> Row:
+def check(ways: dict[str, Way], source: Any, device: torch.device, images: int, policy: CropPolicy) -> Row:
     """Raises SystemExit where a way's crops are not what they should be; else how far off they are."""
     (indices,) = batches_of(len(source), images, 1)
-    (batch,) = our_loader(source, policy, "torchvision", images, 0, 1)
+    (batch,) = our_loader(source, policy, "torchvision", CPU, images, 0, 1)
     if batch.indices.tolist() != indices or batch.unreadable:
         raise SystemExit("fastdino loaded other images than asked for: nothing was timed")
     for place, index in enumerate(indices):
@@ -258,65 +214,40 @@ def check(ways: list[Way], source: Any, device: torch.device, images: int, polic
             if not torch.equal(batch.views[v][place], crops.to_tensor(crops.render(image, view))):
                 raise SystemExit(f"view {v} of image {index} is not Pillow's: nothing was timed")
     right, away = finish(batch.views, CPU, policy), {}
-    for way in ways:
+    for name, way in ways.items():
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(SEED)
         (sent,) = way.open(images, 0, 1)
         views = [view.cpu() for view in finish(way.views(sent), device, policy)]
-        if [view.shape for view in views] != [view.shape for view in right]:
-            raise SystemExit(f"{way.name} gives views of {[*views[0].shape]}, ...: nothing was timed")
-        if way.dataset is None:
+        wrong = [view.shape for view in views] != [view.shape for view in right]
+        if way.ours and not wrong:
             pairs = zip(way.views(sent), batch.views, strict=True)
             levels = torch.cat([(a.cpu().float() - b).abs().flatten() for a, b in pairs]).mean().item()
             # nvJPEG rounds otherwise than libjpeg
             wrong = levels > (2 if way.dali and device.type == "cuda" else 0)
-            away[way.name] = f"{levels:.3f} levels of 255 off"
-        else:
+            away[name] = f"{levels:.3f} levels of 255 off"
+        elif not wrong:
             flat, expected = (torch.cat([view.flatten() for view in v]) for v in (views, right))
             mean, deviation = (flat.mean() - expected.mean()).item(), (flat.std() / expected.std()).item()
             # in standard deviations of a pixel; each view has a light of its own, drawn within 0.6 to 1.4
             wrong = flat.dtype != torch.float32 or not abs(mean) < 0.3 or not 0.8 < deviation < 1.25
-            away[way.name] = f"mean {mean:+.3f}, deviation x {deviation:.3f}"
+            away[name] = f"mean {mean:+.3f}, deviation x {deviation:.3f}"
         if wrong:
-            raise SystemExit(f"{way.name} is not right, {away[way.name]}: nothing was timed")
+            shapes = [tuple(view.shape) for view in views]
+            raise SystemExit(f"{name} is not right, {away.get(name, shapes)}: nothing was timed")
     return {"checked_images": images, "from_pillow": away}
 
 
 # What is timed.
 
 
-def rows_of(part: str, seconds: dict[str, list[float]], workers: int, sent: dict[str, float]) -> list[Row]:
-    """Images/s, from the seconds of an image in each round."""
-    return [
-        {"part": part, "loader": name, "workers": workers, "images_per_s": spread([1 / s for s in times])}
-        | {"times_official": ratio(seconds, "official DINO", name), "KB_sent": sent.get(name)}
-        for name, times in seconds.items()
-    ]
-
-
-def bench_core(ways: list[Way], batch: int, policy: CropPolicy, seconds: float, rounds: int) -> list[Row]:
-    """Each way in this process, a batch a round."""
-    timed: Timed = {}
-    for way in ways:
-        batches = iter(way.open(batch, 0, rounds + 1))
-
-        def run(way: Way = way, batches: Iterator[Any] = batches) -> None:
-            finish(way.views(next(batches)), CPU, policy)
-
-        timed[way.name] = run
-    times = interleave(timed, Clock(CPU), seconds, rounds)
-    each = {name: [t / 1e3 / batch for t in ms] for name, ms in times.items()}
-    return rows_of("core", each, 0, {})
-
-
-def steady(
-    way: Way, batch: int, workers: int, each: int, device: torch.device, policy: CropPolicy
-) -> tuple[float, float]:
+def steady(way: Way, batch: int, workers: int, each: int, device: torch.device) -> tuple[float, float]:
     """Seconds of an image once all workers have sent their first batch, and KB sent of an image.
 
     Workers send in turn, so whole turns are timed; two more follow, so that none is idle meanwhile.
     """
-    batches = iter(way.open(batch, workers, (each + 3) * workers))
+    policy, turn = CropPolicy(), max(1, workers)
+    batches = iter(way.open(batch, workers, (each + 1) * turn + 2 * workers))
 
     def take(count: int) -> None:
         for _ in range(count):
@@ -324,37 +255,51 @@ def steady(
         synchronize(device)
 
     sent = sum(view.nbytes for view in way.views(next(batches))) / batch / 1e3
-    take(workers - 1)
+    take(turn - 1)
     began = time.perf_counter()
-    take(each * workers)
-    return (time.perf_counter() - began) / (each * workers * batch), sent
+    take(each * turn)
+    return (time.perf_counter() - began) / (each * turn * batch), sent
 
 
-# What is written.
+def bench(part: str, ways: dict[str, Way], workers: int, limits: tuple[float, int], *how: Any) -> list[Row]:
+    """Images/s, in rounds within limits of seconds and of rounds; `how` goes on to `steady`."""
+    sent: dict[str, float] = {}
+
+    def clock(name: str) -> float:
+        batch, *rest = how
+        found, sent[name] = steady(ways[name], batch, workers, *rest)
+        gc.collect()  # its workers end
+        return found
+
+    times = interleave({name: partial(clock, name) for name in ways}, lambda call: call(), *limits, warm=0)
+    rows: list[Row] = []
+    for name, seconds in times.items():
+        row: Row = {"part": part, "loader": name, "workers": workers}
+        row |= {"images_per_s": spread([1 / s for s in seconds])}
+        row |= {"times_official": ratio(times, "official DINO", name)}
+        rows.append(row | {"KB_sent": sent[name] if workers else None})
+    return rows
 
 
 def text(rows: list[Row]) -> str:
     """A table for each part."""
-    out = []
-    for part in dict.fromkeys(r["part"] for r in rows):
-        mine = [r for r in rows if r["part"] == part]
-        cells = [
-            {"images/s": r["images_per_s"], "times official": r["times_official"], "KB sent": r["KB_sent"]}
-            for r in mine
-        ]
-        out.append(table(f"{part}, {mine[0]['workers']} workers", mine, "loader", cells))
-    return "\n".join(out)
+    tables: dict[str, list[tuple[str, Row]]] = {}
+    for r in rows:
+        cells = {"images/s": r["images_per_s"], "times official": r["times_official"]}
+        lines = tables.setdefault(f"{r['part']}, {r['workers']} workers", [])
+        lines.append((r["loader"], cells | {"KB sent": r["KB_sent"]}))
+    return "\n".join(table(title, "loader", lines) for title, lines in tables.items())
 
 
 def main() -> None:
     """See the module's docstring."""
-    arguments = parser(__doc__, "loader")
+    arguments, parts = parser(__doc__, "loader"), ("core", "workers")
     add = arguments.add_argument
     add("--images", type=Path, help="folder of folders of JPEGs; where it is empty they are made in it")
     add("--count", type=int, default=512, help="images to make (default %(default)s)")
     add("--batch", type=int, default=64, help="images a batch (default %(default)s)")
     add("--workers", type=int, help="default: 2 on a CPU; on a GPU what make_loader chooses")
-    add("--parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
+    add("--parts", nargs="*", choices=parts, default=parts, help="default: all")
     add("--seconds", type=float, default=120, help="of core, at most")
     add("--rounds", type=int, default=15, help="of core, at most")
     add("--worker-rounds", type=int, default=5, help="of workers")
@@ -363,8 +308,8 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.count, args.batch, args.rounds, args.worker_rounds, args.each = 16, 4, 2, 1, 1
-    device, policy = torch.device(args.device), CropPolicy()
-    workers = args.workers or (data.choose_workers(args.batch) if device.type == "cuda" else 2)
+    device, policy, batch = torch.device(args.device), CropPolicy(), args.batch
+    workers = args.workers or (data.choose_workers(batch) if device.type == "cuda" else 2)
     results = Results("Loading DINO's crops", text, args)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of workers that are started afresh and not forked
@@ -372,27 +317,15 @@ def main() -> None:
         where = args.images or Path(scratch, "images")
         make_photos(where, args.count, SEED)
         source = data.open_source(str(where))
-        weights = [Path(source.path(i)).stat().st_size / 1e3 for i in range(len(source))]
-        ways, missing = ways_of(where, source, device, policy)
-        results.about |= {
-            "images": len(source),
-            "mean_KB": round(statistics.mean(weights), 1),
-            "batch": args.batch,
-        }
-        results.about |= {"left_out": missing} | check(ways, source, device, min(16, len(source)), policy)
-        alone = [way for way in ways_of(where, source, CPU, policy)[0] if not way.dali]
-        limits = (args.seconds, args.rounds)
+        weight = statistics.mean(Path(source.path(i)).stat().st_size / 1e3 for i in range(len(source)))
+        ways = ways_of(where, source, device, policy)
+        results.about |= {"images": len(source), "mean_KB": round(weight, 1), "batch": batch}
+        results.about |= check(ways, source, device, min(16, len(source)), policy)
+        alone = {name: way for name, way in ways_of(where, source, CPU, policy).items() if not way.dali}
         if "core" in args.parts:
-            results.add(bench_core(alone, args.batch, policy, *limits))
+            results.add(bench("core", alone, 0, (args.seconds, args.rounds), batch, 1, CPU))
         if "workers" in args.parts:
-            seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-            sent: dict[str, float] = {}
-            for _ in range(args.worker_rounds):
-                for way in ways:
-                    found, sent[way.name] = steady(way, args.batch, workers, args.each, device, policy)
-                    seconds[way.name].append(found)
-                    gc.collect()  # its workers end
-            results.add(rows_of("workers", seconds, workers, sent))
+            results.add(bench("workers", ways, workers, (1e9, args.worker_rounds), batch, args.each, device))
     print(f"written to {results.out}")
 
 

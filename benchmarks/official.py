@@ -5,8 +5,8 @@ with fastdino but the parameters that it is given. `tests/helpers/reference.py` 
 float64 as the truth of the tests; `benchmarks/update.py` times it.
 """
 
+import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +34,11 @@ def cross_entropy(
         x = student[v] / student_temp
         return torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    known = [log_p(v) for v in range(len(student))] if once else []
+    if once:
+        log_p = functools.cache(log_p)
     q = [torch.softmax((t - center) / teacher_temp, -1).detach() for t in teacher]
     terms = [
-        torch.sum(-q[g] * (known[v] if once else log_p(v)), -1).mean()
+        torch.sum(-q[g] * log_p(v), -1).mean()
         for g in range(len(teacher))
         for v in range(len(student))
         if v != g
@@ -259,50 +260,7 @@ def still(network: nn.Module, still: bool) -> None:
 # lightly.
 
 
-class LightlyNetwork(nn.Module):
-    """timm's ViT, or torchvision's ResNet, and lightly's head, with fastdino's parameters."""
-
-    def __init__(self, ours: Any, drop_path_rate: float) -> None:
-        from lightly.models.modules import DINOProjectionHead
-
-        super().__init__()
-        self.backbone, self.patch = ours.backbone, 1
-        out_dim, bottleneck = ours.head.last_layer.weight_v.shape
-        width, hidden = ours.head.mlp[0].in_features, ours.head.mlp[0].out_features
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # the old weight_norm
-            self.head = DINOProjectionHead(width, hidden, bottleneck, out_dim)
-        adopt(self.head, {n.replace("mlp.", "layers."): p for n, p in ours.head.named_parameters()})
-        if isinstance(ours.backbone, vit.VisionTransformer):
-            self.patch = ours.backbone.patch_size
-            self.backbone = timm_vit(ours.backbone, drop_path_rate)
-
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        # timm takes only whole patches; a strided convolution leaves out the same pixels
-        whole = [x.shape[-1] // self.patch * self.patch for x in crops]
-        return self.head(per_size(self.backbone, [x[..., :n, :n] for x, n in zip(crops, whole, strict=True)]))
-
-
-def timm_vit(ours: vit.VisionTransformer, drop_path_rate: float) -> nn.Module:
-    """timm's ViT with the parameters of fastdino's."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    with torch.device("meta"):
-        network = VisionTransformer(
-            img_size=ours.grid[0] * ours.patch_size,
-            patch_size=ours.patch_size,
-            embed_dim=ours.embed_dim,
-            depth=len(ours.blocks),
-            num_heads=ours.num_heads,
-            num_classes=0,
-            dynamic_img_size=True,
-            drop_path_rate=drop_path_rate,
-        )
-    adopt(network, dict(ours.named_parameters()))
-    return network
-
-
-def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
     """Have a module use these parameters in place of its own, by name."""
     own = {name for name, _ in module.named_parameters()}
     if own != parameters.keys():
@@ -310,10 +268,43 @@ def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, parameter)
+    return module
+
+
+def timm_vit(ours: vit.VisionTransformer, rate: float) -> nn.Module:
+    """timm's ViT with the parameters of fastdino's and a rate of stochastic depth."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes: Any = {"img_size": ours.grid[0] * ours.patch_size, "patch_size": ours.patch_size, "num_classes": 0}
+    sizes |= {"embed_dim": ours.embed_dim, "depth": len(ours.blocks), "num_heads": ours.num_heads}
+    with torch.device("meta"):
+        network = VisionTransformer(**sizes, dynamic_img_size=True, drop_path_rate=rate)
+    return adopt(network, dict(ours.named_parameters()))
+
+
+class LightlyNetwork(nn.Module):
+    """timm's ViT, or torchvision's ResNet, and lightly's head, with fastdino's parameters."""
+
+    def __init__(self, ours: Any, rate: float) -> None:
+        from lightly.models.modules import DINOProjectionHead
+
+        super().__init__()
+        self.backbone, self.patch = ours.backbone, getattr(ours.backbone, "patch_size", 1)
+        if isinstance(ours.backbone, vit.VisionTransformer):
+            self.backbone = timm_vit(ours.backbone, rate)
+        first, (out_dim, bottleneck) = ours.head.mlp[0], ours.head.last_layer.weight_v.shape
+        with torch.device("meta"):
+            head = DINOProjectionHead(first.in_features, first.out_features, bottleneck, out_dim)
+        self.head = adopt(head, {n.replace("mlp.", "layers."): p for n, p in ours.head.named_parameters()})
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        # timm takes only whole patches; a strided convolution leaves out the same pixels
+        whole = [x.shape[-1] // self.patch * self.patch for x in crops]
+        return self.head(per_size(self.backbone, [x[..., :n, :n] for x, n in zip(crops, whole, strict=True)]))
 
 
 class Lightly(Update):
-    """lightly's loss, moving average and head, torch's clipping by the common norm."""
+    """lightly's loss and moving average, torch's clipping by the common norm."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         from lightly.loss import DINOLoss

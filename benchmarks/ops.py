@@ -5,7 +5,6 @@
     loss        forward and backward, upstream gradient 0.37: official DINO's form, eager and compiled,
                 lightly's DINOLoss (float32 only), the closed form in eager PyTorch, fastdino, and fastdino
                 writing the gradient over the logits. Ideal bytes: student and teacher read, gradient written
-    center      the centre of a teacher's output
     sinkhorn    Sinkhorn-Knopp's centring, beside DINOv2's
     ema         the teacher's moving average over a network and its head; ideal bytes: 12 a parameter
     attention   of packed crops, forward and backward, beside torch's once for each length
@@ -23,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import official
-from benchmarks.harness import ROOT, Case, Results, Row, Timed, parser, table
+from benchmarks.harness import ROOT, Case, Results, Row, parser, table
 from fastdino import ops
 
 V, G = 10, 2
@@ -44,20 +43,16 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**4
 ALLOCATORS = {"allocator keeps pages": KEEP | {"MALLOC_TOP_PAD_": str(2**28)}, "default allocator": {}}
 
 
-def silent(run: Callable[[], object]) -> Callable[[], None]:
+def silent(run: Callable[[], object]) -> Callable[[], list[Tensor]]:
     """A call without a result to compare."""
-
-    def called() -> None:
-        run()
-
-    return called
+    return lambda: [run()][:0]  # type: ignore[return-value]
 
 
 def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled: bool = False) -> Case:
     """DINO's loss and its gradient by the student's logits (V, B, K)."""
     torch._dynamo.reset()  # past eight shapes a function is no longer compiled, without a word
-    logits = torch.randn(V, images, prototypes, device=device).to(getattr(torch, dtype))
-    teacher = torch.randn(G, images, prototypes, device=device).to(logits.dtype)
+    kind: Any = {"device": device, "dtype": getattr(torch, dtype)}
+    logits, teacher = (torch.randn(n, images, prototypes, **kind) for n in (V, G))
     center = torch.randn(prototypes, device=device) * 0.1
     student, upstream = logits.clone().requires_grad_(), torch.tensor(0.37, device=device)
     temps: Any = {name: torch.tensor(x, device=device) for name, x in TEMPS.items()}
@@ -66,11 +61,10 @@ def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled
         student.grad = None
         student.data.copy_(logits)  # in place, the gradient was written over them
 
-    def both(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def both(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
         # on a view: only logits that are not a leaf may be written over
         found = forward(student.view_as(student))
         found.backward(upstream)
-        assert student.grad is not None
         return found, student.grad
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,45 +84,24 @@ def loss(images: int, prototypes: int, dtype: str, device: str = "cpu", compiled
         ways["lightly"] = lambda s: lightly(list(teacher), list(s), teacher_temp=official.TEACHER_TEMP)
     # the others divide half-precision logits by the temperature in half precision
     limits = {"": 1e-4 if dtype == "float32" else 0.2, "fastdino": 5e-3, "fastdino-in-place": 5e-3}
-    ideal = (2 * logits.numel() + teacher.numel()) * logits.element_size()
-    variants: Timed = {name: partial(both, way) for name, way in ways.items()}
+    moved: Any = {"bytes": 2 * logits.nbytes + teacher.nbytes, "held": logits.nbytes}
+    variants = {name: partial(both, way) for name, way in ways.items()}
     sizes = {"images": images, "prototypes": prototypes, "dtype": dtype}
-    return Case("loss", sizes, variants, limits, setup=restore, bytes=ideal, held=logits.nbytes)
-
-
-def center(images: int, prototypes: int, device: str = "cpu") -> Case:
-    """The centre's movement by a teacher's output whose mean nobody has yet."""
-    from fastdino.loss import DINOLoss
-
-    ours = DINOLoss(prototypes, V, 0.04, 0.04, 0, 1).to(device)
-    teacher = torch.randn(G * images, prototypes, device=device)
-    theirs = torch.zeros(1, prototypes, device=device)
-
-    def fastdino() -> list[Tensor]:
-        ours.update_center(teacher)
-        return [ours.center]
-
-    def plain() -> list[Tensor]:
-        return [theirs.mul_(0.9).add_(torch.sum(teacher, dim=0, keepdim=True) / len(teacher) * 0.1)]
-
-    sizes = {"images": images, "prototypes": prototypes}
-    return Case("center", sizes, {"official": plain, "fastdino": fastdino}, bytes=teacher.nbytes)
+    return Case("loss", sizes, variants, limits, restore, **moved)
 
 
 def sinkhorn(images: int, prototypes: int, device: str = "cpu") -> Case:
     """DINOv2's gives the probabilities, fastdino's the centre that leads to them."""
-    teacher = 0.3 * torch.randn(G * images, prototypes, device=device)
-    temp = official.TEACHER_TEMP
-    variants: dict[str, Callable[[], Any]] = {
-        "dinov2": lambda: official.sinkhorn(teacher),
-        "fastdino": lambda: ops.sinkhorn_center(teacher, temp),
-    }
-    found = Case("sinkhorn", {"images": images, "prototypes": prototypes}, variants)
-    q = torch.softmax((teacher - variants["fastdino"]()) / temp, -1)
-    found.variants = {name: silent(run) for name, run in variants.items()}
-    if not torch.allclose(q, variants["dinov2"](), rtol=1e-2, atol=1e-6):
+    teacher, temp = 0.3 * torch.randn(G * images, prototypes, device=device), official.TEACHER_TEMP
+    right = official.sinkhorn(teacher)
+    found = torch.softmax((teacher - ops.sinkhorn_center(teacher, temp)) / temp, -1)
+    if not torch.allclose(found, right, rtol=1e-2, atol=1e-6):
         raise SystemExit("sinkhorn: fastdino's probabilities are not DINOv2's: nothing was timed")
-    return found
+    variants = {
+        "dinov2": silent(lambda: official.sinkhorn(teacher)),
+        "fastdino": silent(lambda: ops.sinkhorn_center(teacher, temp)),
+    }
+    return Case("sinkhorn", {"images": images, "prototypes": prototypes}, variants)
 
 
 def ema(arch: str, device: str = "cpu", prototypes: int = 65536) -> Case:
@@ -138,33 +111,30 @@ def ema(arch: str, device: str = "cpu", prototypes: int = 65536) -> Case:
 
     with torch.device("meta"):
         backbone = getattr(vit, arch)(16)
-        modules = (backbone, DINOHead(backbone.embed_dim, prototypes))
-    shapes = [p.shape for module in modules for p in module.parameters()]
-    start, student = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
-    teacher = [t.clone() for t in start]
-    momentum, count = official.MOMENTUM, sum(s.numel() for s in shapes)
-
-    def loop() -> None:
-        for t, s in zip(teacher, student, strict=True):
-            t.mul_(momentum).add_((1 - momentum) * s)
-
-    ways: dict[str, Callable[[], object]] = {
-        "official loop": loop,
-        "foreach-lerp": lambda: torch._foreach_lerp_(teacher, student, 1 - momentum),
-        "fastdino": lambda: ops.ema_(teacher, student, momentum),
-    }
-
-    @torch.no_grad()
-    def run(way: Callable[[], object]) -> list[Tensor]:
-        way()
-        return teacher
+        parameters = [*backbone.parameters(), *DINOHead(backbone.embed_dim, prototypes).parameters()]
+    start, student = ([torch.randn(p.shape, device=device) for p in parameters] for _ in range(2))
+    teacher, momentum = [t.clone() for t in start], official.MOMENTUM
 
     def restore() -> None:
         torch._foreach_copy_(teacher, start)
 
-    variants: Timed = {name: partial(run, way) for name, way in ways.items()}
+    def loop() -> list[Tensor]:
+        for t, s in zip(teacher, student, strict=True):
+            t.mul_(momentum).add_((1 - momentum) * s)
+        return teacher
+
+    def lerp() -> list[Tensor]:
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        return teacher
+
+    def fastdino() -> list[Tensor]:
+        ops.ema_(teacher, student, momentum)
+        return teacher
+
+    variants = {"official loop": loop, "foreach-lerp": lerp, "fastdino": fastdino}
+    count = sum(s.numel() for s in student)
     sizes = {"arch": arch, "parameters": count}
-    return Case("ema", sizes, variants, {"": 1e-5}, reset=restore, bytes=12 * count)
+    return Case("ema", sizes, variants, {"": 1e-5}, restore, bytes=12 * count)
 
 
 def per_run(
@@ -180,18 +150,22 @@ def per_run(
     return torch.cat(outs)
 
 
+def gradients(way: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Of a way's output by its inputs, after the output itself."""
+    out = way(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+
 def attention(images: int, patch: int, dtype: str, device: str = "cpu", heads: int = 6) -> Case:
     """Of packed crops of 224 and 96 pixels, forward and backward."""
     runs = ((2 * images, (224 // patch) ** 2 + 1), (8 * images, (96 // patch) ** 2 + 1))
     kind: Any = {"dtype": getattr(torch, dtype), "device": device}
     leaf = torch.randn(sum(a * b for a, b in runs), 3, heads, 64, **kind).requires_grad_()
-    upstream = torch.randn_like(leaf[:, 0])
-
-    def both(way: Callable[[Tensor, Any], Tensor]) -> list[Tensor]:
-        out = way(leaf, runs)
-        return [out, *torch.autograd.grad(out, leaf, upstream)]
-
-    variants = {"torch": lambda: both(per_run), "fastdino": lambda: both(ops.attention)}
+    rest = [leaf], torch.randn_like(leaf[:, 0])
+    variants = {
+        "torch": partial(gradients, lambda x: per_run(x, runs), *rest),
+        "fastdino": partial(gradients, lambda x: ops.attention(x, runs), *rest),
+    }
     sizes = {"images": images, "patch": patch, "dtype": dtype}
     return Case("attention", sizes, variants, {"": 1e-4 if dtype == "float32" else 2e-2})
 
@@ -200,13 +174,9 @@ def linear(tokens: int, width: int = 384, device: str = "cpu") -> Case:
     """The wider layer of an MLP over the tokens of some images, forward and backward, float32."""
     shapes = (tokens, width), (4 * width, width), (4 * width,)
     inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
-    upstream = torch.randn(tokens, 4 * width, device=device)
-
-    def both(way: Callable[..., Tensor]) -> list[Tensor]:
-        out = way(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, upstream)]
-
-    variants = {"torch": lambda: both(F.linear), "fastdino": lambda: both(ops.linear)}
+    rest = inputs, torch.randn(tokens, 4 * width, device=device)
+    ways: dict[str, Callable[..., Tensor]] = {"torch": F.linear, "fastdino": ops.linear}
+    variants = {name: partial(gradients, way, *rest) for name, way in ways.items()}
     return Case("linear", {"tokens": tokens, "width": width}, variants)
 
 
@@ -255,85 +225,65 @@ def knn(train: int, test: int, classes: int, dim: int = 384, rivals: bool = True
     """Noisy features about a centre a class; accuracy of the 20 nearest, which near ties decide a little."""
     from fastdino.eval.knn import KS, TEMPERATURE, knn_accuracy
 
-    centres, counts = torch.randn(classes, dim), (train, test)
-    labels, truth = (torch.randint(classes, (n,)) for n in counts)
+    centres = torch.randn(classes, dim)
+    labels, truth = (torch.randint(classes, (n,)) for n in (train, test))
     features, queries = (centres[x] + 3 * torch.randn(len(x), dim) for x in (labels, truth))
 
-    def ours(ks: tuple[int, ...]) -> list[Tensor]:
-        return [torch.tensor(knn_accuracy(features, labels, queries, truth, ks=ks)[ks[0]])]
+    def ours(*ks: int) -> float:
+        return knn_accuracy(features, labels, queries, truth, ks=ks)[ks[0]]
 
     variants: dict[str, Callable[[], Any]] = {
-        "fastdino": lambda: ours((20,)),
-        "fastdino, k = 10 20 100 200": silent(lambda: ours(KS)),
+        "fastdino": lambda: [torch.tensor(ours(20))],
+        "fastdino, k = 10 20 100 200": silent(lambda: ours(*KS)),
         "matrix-product": silent(lambda: [part @ features.T for part in queries.split(512)]),
     }
     if rivals and find_spec("sklearn"):
         from sklearn.neighbors import KNeighborsClassifier
 
-        theirs: Any = KNeighborsClassifier(
-            min(20, train),
-            metric="cosine",
-            algorithm="brute",
-            weights=lambda distance: np.exp((1 - distance) / TEMPERATURE),
-        ).fit(features.numpy(), labels.numpy())
+        def weights(distance: Any) -> Any:
+            return np.exp((1 - distance) / TEMPERATURE)
 
-        def scikit_learn() -> list[Tensor]:
-            return [torch.tensor(100 * (theirs.predict(queries.numpy()) == truth.numpy()).mean())]
-
-        variants["scikit-learn"] = scikit_learn
+        how: Any = {"metric": "cosine", "algorithm": "brute", "weights": weights}
+        theirs = KNeighborsClassifier(min(20, train), **how).fit(features.numpy(), labels.numpy())
+        right = partial(theirs.score, queries.numpy(), truth.numpy())
+        variants["scikit-learn"] = lambda: [torch.tensor(100 * right())]
     sizes = {"train": train, "test": test, "dim": dim, "classes": classes}
     return Case("knn", sizes, variants, {"": 1e-3})
 
 
-CASES = ("loss", "center", "sinkhorn", "ema", "attention", "linear", "multi_crop", "knn")
+CASES = ("loss", "sinkhorn", "ema", "attention", "linear", "multi_crop", "knn")
 ON_CPU = ("multi_crop", "knn")
 
 
-def cases(args: argparse.Namespace) -> Iterator[Callable[[], Case]]:
+def cases(args: argparse.Namespace) -> list[Callable[[], Case]]:
     """Those asked for, each made when it is called."""
     on = {"device": args.device}
     sizes = [(b, k) for k in args.prototypes for b in args.images]
+    small = [(images, patch, dtype) for patch, images in ((16, 4), (8, 1)) for dtype in args.dtypes]
     found: dict[str, list[Callable[[], Case]]] = {
         "loss": [partial(loss, *s, d, compiled=args.compile, **on) for s in sizes for d in args.dtypes],
-        "center": [partial(center, *size, **on) for size in sizes[:1]],
         "sinkhorn": [partial(sinkhorn, *size, **on) for size in sizes[:1]],
         "ema": [partial(ema, arch, **on) for arch in args.archs],
-        "attention": [
-            partial(attention, images, patch, dtype, **on)
-            for patch, images in ((16, 4), (8, 1))
-            for dtype in args.dtypes
-        ],
+        "attention": [partial(attention, *size, **on) for size in small],
         "linear": [partial(linear, 2760, **on)],
         "multi_crop": [partial(multi_crop, 16)],
         "knn": [partial(knn, *args.knn)],
     }
     names = [name for name in args.cases or CASES if args.device == "cpu" or name not in ON_CPU]
-    return (make for name in names for make in found[name])
+    return [make for name in names for make in found[name]]
 
 
 def text(rows: list[Row]) -> str:
     """A table for each case."""
-    out = []
-    for key in dict.fromkeys(str((r.get("allocator", ""), r["op"], r["sizes"])) for r in rows):
-        mine = [r for r in rows if str((r.get("allocator", ""), r["op"], r["sizes"])) == key]
-        sizes = ", ".join(f"{name} {value}" for name, value in mine[0]["sizes"].items())
-        title = ", ".join(filter(None, (mine[0].get("allocator", ""), mine[0]["op"], sizes)))
-        cells = [
-            {"least ms": r["ms"]["low"], "median": r["ms"], "time / fastdino's": r["times_fastdino"]}
-            | {"GB/s of ideal bytes": r.get("GB_s"), "share of the copy": r.get("share_of_copy")}
-            | {"extra MB": r.get("extra_MB")}
-            for r in mine
-        ]
-        out.append(table(title, mine, "variant", cells))
-    return "\n".join(out)
-
-
-def measure(args: argparse.Namespace, results: Results) -> None:
-    """All cases in this process."""
-    for make in cases(args):
-        torch.manual_seed(0)
-        rows = make().measure(torch.device(args.device), args.seconds, args.rounds)
-        results.add([{"allocator": args.allocator} | r if args.allocator else r for r in rows])
+    tables: dict[str, list[tuple[str, Row]]] = {}
+    for r in rows:
+        sizes = [f"{name} {value}" for name, value in r["sizes"].items()]
+        cells = {"least ms": r["ms"]["low"], "median": r["ms"], "time / fastdino's": r["times_fastdino"]}
+        cells |= {"GB/s of ideal bytes": r.get("GB_s"), "share of the copy": r.get("share_of_copy")}
+        cells |= {"extra MB": r.get("extra_MB")}
+        title = ", ".join(filter(None, (r.get("allocator", ""), r["op"], *sizes)))
+        tables.setdefault(title, []).append((r["variant"], cells))
+    return "\n".join(table(title, "variant", lines) for title, lines in tables.items())
 
 
 def both_allocators(results: Results) -> None:
@@ -342,10 +292,8 @@ def both_allocators(results: Results) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             again = [sys.executable, "-m", "benchmarks.ops", *sys.argv[1:], "--out", scratch]
             subprocess.run([*again, "--allocator", allocator], cwd=ROOT, env=os.environ | env, check=True)
-            found = json.loads(Path(scratch, "results.json").read_text())
-        conditions = {k: v for k, v in found["about"].items() if k in results.conditions.describe()}
-        results.rows += found["rows"]
-        results.write(results.about | {allocator: conditions})  # a stop loses only the second half
+            results.rows += json.loads(Path(scratch, "results.json").read_text())["rows"]
+        results.write(results.about | results.conditions.describe())  # a stop loses only the second half
 
 
 def main() -> None:
@@ -353,7 +301,7 @@ def main() -> None:
     arguments = parser(__doc__, "ops")
     add = arguments.add_argument
     add("cases", nargs="*", metavar="CASE", help="default: all")
-    add("--images", type=int, nargs="*", default=[64, 32, 16, 8], help="of loss, center, sinkhorn")
+    add("--images", type=int, nargs="*", default=[64, 32, 16, 8], help="of loss, sinkhorn")
     add("--prototypes", type=int, nargs="*", default=[65536, 4096, 262144])
     add("--dtypes", nargs="*", default=["float32", "bfloat16"])
     add("--archs", nargs="*", default=["vit_small", "vit_base", "vit_large"], help="of ema")
@@ -369,7 +317,10 @@ def main() -> None:
     if args.device == "cpu" and not args.allocator:
         both_allocators(results)
     else:
-        measure(args, results)
+        for make in cases(args):
+            torch.manual_seed(0)
+            rows = make().measure(torch.device(args.device), args.seconds, args.rounds)
+            results.add([{"allocator": args.allocator} | r if args.allocator else r for r in rows])
     if not args.allocator:
         print(f"written to {results.out}")
 

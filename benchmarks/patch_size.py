@@ -5,26 +5,8 @@
 An update is the forward passes of teacher and student, loss, backward pass, clipping, optimiser, moving
 average and centre, on random images in memory: two global crops of 224 and eight local ones of 96 pixels an
 image, 65536 prototypes, stochastic depth 0.1. Where a side is no multiple of the patch, the rest is left out.
-
-    official            the published algorithm, from its formulas (benchmarks/official.py); fp16 autocast
-                        with loss scaling on a GPU, float32 on a CPU; on crops that its loader normalised
-    official, compiled  the same, networks and loss under torch.compile
-    official, bfloat16  on a CPU: the same under autocast, not compiled
-    lightly             its DINOLoss, DINOProjectionHead and update_momentum on timm's ViT (or torchvision's
-                        ResNet), a pass for each size, gradients clipped by their common norm
-    fastdino            `fastdino.Update`, the trainer's own, with the device's defaults, on uint8 crops
-
-and fastdino without one of its optimizations: `fused loss` (official's 18 terms instead), `fused EMA` (a
-loop), `packing` (a pass for each size), `attention kernel` (weights written out; in bfloat16 on a CPU up to
-256 tokens they are so as it is), `compile` (off; on a CPU, where it is off by default, it is added), `half
-precision` (float32), `no syncs` (official's clipping and loss.item()), `fused optimiser` (torch's as it
-comes), `skipped work` (samples that stochastic depth drops are multiplied by 0, the last block computes all
-tokens), and `all of these` (on a CPU without compile).
-
-Nothing is timed unless every variant gives the loss, gradients and centre of official DINO in float32, from
-the same weights and images without stochastic depth, and its clipping, optimiser and moving average do what
-their formulas say (benchmarks/update.py). benchmarks/README.md says how to read the tables. A network that
-results.json has from the same device, versions, commit and arguments is not measured again.
+benchmarks/README.md says what the variants are, how they are checked and how to read the tables. A network
+that results.json has from the same device, versions, commit and arguments is not measured again.
 """
 
 import argparse
@@ -38,20 +20,18 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import profile as profiling
 from benchmarks.harness import (
     Conditions,
     Results,
     Row,
     Timed,
-    bars,
+    draw,
     interleave,
     matmul_flops,
     parser,
@@ -66,7 +46,7 @@ from fastdino.backbones import VITS
 
 TITLE = "Whole updates and patch size"
 MAIN = ("official", "official, compiled", "official, bfloat16", "lightly", "fastdino")
-PUBLISHED = ([224, 96], 8, 65536)
+STAMP = ("device", "processor", "instruction_set", "torch", "python", "commit", "timm", "lightly")
 
 
 def run(variant: Variant, views: list[Tensor], times: int = 1) -> float:
@@ -83,14 +63,13 @@ def run(variant: Variant, views: list[Tensor], times: int = 1) -> float:
 
 def parts_of(variant: Variant, views: list[Tensor], updates: int) -> Row:
     """Seconds of each part; each update waits for the device after each part, so overlap is not seen."""
-    seconds, device = defaultdict[str, float](float), variant.shared.device
-    last = time.perf_counter()
+    seconds, last = defaultdict[str, float](float), 0.0
 
     def mark(part: str) -> None:
         nonlocal last
-        synchronize(device)
+        synchronize(variant.shared.device)
         now = time.perf_counter()
-        seconds[part] += now - last
+        seconds[part] += (now - last) / updates
         last = now
 
     with variant.watched(mark):
@@ -98,59 +77,54 @@ def parts_of(variant: Variant, views: list[Tensor], updates: int) -> Row:
             last = time.perf_counter()
             variant(views)
     variant.drop_gradients()
-    return {part: s / updates for part, s in seconds.items()}
+    return dict(seconds)
 
 
 def bench(problem: Problem, asked: Row, rates: Row, until: float, args: argparse.Namespace) -> Row:
     """All of a problem; rounds, of which two are due, as long as there is time."""
-    conditions, began = Conditions(), time.monotonic()
-    device = torch.device(args.device)
-    gpu = device.type == "cuda"
-    peaks = {} if gpu else memory_apart(problem, asked["compiled"])
+    conditions, began, device = Conditions(), time.monotonic(), torch.device(args.device)
+    gpu, peaks = device.type == "cuda", memory_apart(problem, asked["compiled"], args.device)
     torch.manual_seed(0)
     shared, crops = Shared(problem, device), problem.crops(problem.images, device)
     variants = variants_of(problem, shared, asked["compiled"], tuple(asked["without"]))
     checked = check(variants, crops)
+    timed: Timed = {}
     views = {name: variant.inputs(crops) for name, variant in variants.items()}
-    on_end = dict.fromkeys(variants, 1)
     for name, variant in variants.items():
         if variant.compiled or gpu:
             run(variant, views[name])  # the check ran without stochastic depth
-        if gpu:
-            on_end[name] = max(1, min(20, round(0.5 / run(variant, views[name]))))
-    peaks = peaks or memory_of(variants, crops)
+        on_end = max(1, min(20, round(0.5 / run(variant, views[name])))) if gpu else 1
+        timed[name] = partial(run, variant, views[name], on_end)
     print(f"{problem.name}: checked and warm after {time.monotonic() - began:.0f} s", flush=True)
-    timed: Timed = {name: partial(run, v, views[name], on_end[name]) for name, v in variants.items()}
     left = until - time.monotonic()
     times = interleave(timed, lambda call: call(), left, args.rounds, warm=0, due=min(2, args.rounds))
-    rows = []
+    rows, flops = [], model_flops(problem)
     for name, variant in variants.items():
-        dtype = str(variant.update.dtype).removeprefix("torch.")
-        rate = model_flops(problem) * problem.images / statistics.median(times[name])
-        row: Row = {"variant": name, "precision": dtype, "off": checked[name], **peaks.get(name, {})}
-        row |= {"images_per_s": spread([problem.images / t for t in times[name]])}
-        row |= {"times_official": ratio(times, "official", name), "use": rate / rates[dtype]}
-        row |= {"times_fastdino": ratio(times, name, "fastdino")}
+        row: Row = {"variant": name, "precision": variant.precision, "off": checked[name]}
+        row |= peaks.get(name, {}) | {"images_per_s": spread([problem.images / t for t in times[name]])}
+        row["use"] = flops * problem.images / statistics.median(times[name]) / rates[variant.precision]
+        row["times_official"] = ratio(times, "official", name)
+        row["times_fastdino"] = ratio(times, name, "fastdino")
         if args.parts and name in ("official", "fastdino"):
             row["parts"] = parts_of(variant, views[name], args.parts)
         rows.append(row)
-    found: Row = {"problem": asdict(problem), "GFLOP_an_image": model_flops(problem) / 1e9, "variants": rows}
+    found: Row = {"problem": asdict(problem), "GFLOP_an_image": flops / 1e9, "variants": rows}
     found["fastdino"] = "compiled" if variants["fastdino"].compiled else "eager"
     return found | {"seconds": time.monotonic() - began, "conditions": conditions.describe()}
 
 
-def memory_of(variants: dict[str, Variant], crops: list[Tensor]) -> dict[str, Row]:
+def memory(problem: Problem, compiled: bool, device: str) -> dict[str, Row]:
     """Of the main variants: an update's peak, and the part of it that goes with an image."""
-    found: dict[str, Row] = {}
-    for name, variant in variants.items():
-        if name not in MAIN:
-            continue
-        views, images, held = variant.inputs(crops), len(crops[0]), variant.shared.held()
+    torch.manual_seed(0)
+    shared, found = Shared(problem, torch.device(device)), dict[str, Row]()
+    crops, images, held = problem.crops(problem.images, shared.device), problem.images, shared.held()
+    for name, variant in variants_of(problem, shared, compiled, ()).items():
+        views = variant.inputs(crops)
         if variant.compiled:
             run(variant, views)
 
         def peak(count: int, variant: Variant = variant, views: list[Tensor] = views) -> int:
-            return peak_bytes(lambda: run(variant, [x[:count] for x in views]), variant.shared.device)
+            return peak_bytes(lambda: run(variant, [x[:count] for x in views]), shared.device)
 
         static = variant.compiled and not variant.ours  # compiled anew for each batch
         half = math.inf if static or images == 1 else peak(images // 2)
@@ -161,31 +135,22 @@ def memory_of(variants: dict[str, Variant], crops: list[Tensor]) -> dict[str, Ro
     return found
 
 
-def memory(problem: Problem, compiled: bool) -> dict[str, Row]:
-    """`memory_of` a problem on the CPU."""
-    torch.manual_seed(0)
-    shared = Shared(problem, torch.device("cpu"))
-    return memory_of(variants_of(problem, shared, compiled, ()), problem.crops(problem.images, shared.device))
-
-
-def memory_apart(problem: Problem, compiled: bool) -> dict[str, Row]:
+def memory_apart(*args: Any) -> dict[str, Row]:
     """`memory` in a process of its own: resident memory depends on the allocator's past."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(memory, problem, compiled).result()
+        return pool.submit(memory, *args).result()
 
 
 # What is written.
 
 
-def reduced(rows: list[Row]) -> str:
-    """What to say of sizes that are not the published ones; empty if they are."""
+def title(rows: list[Row], of: str = TITLE) -> str:
+    """With the sizes, where they are not the published ones."""
     for p in (row["problem"] for row in rows):
-        if (list(p["sizes"]), p["local_crops"], p["out_dim"]) != PUBLISHED:
-            big, small = p["sizes"]
-            return (
-                f" (REDUCED: crops of {big} and {small} pixels, {p['local_crops']} local, K = {p['out_dim']})"
-            )
-    return ""
+        (big, small), local, out_dim = p["sizes"], p["local_crops"], p["out_dim"]
+        if (big, small, local, out_dim) != (224, 96, 8, 65536):
+            return f"{of} (REDUCED: crops of {big} and {small} pixels, {local} local, K = {out_dim})"
+    return of
 
 
 def label(name: str, row: Row) -> str:
@@ -201,68 +166,67 @@ def shares(v: Row) -> Row:
 
 def text(rows: list[Row]) -> str:
     """An overview, and tables for each network."""
-    note, out, overview = reduced(rows), [], []
-    named = [
-        (Problem(**row["problem"]).name, row, {v["variant"]: v for v in row["variants"]}) for row in rows
-    ]
-    for _, row, of in named:
-        rates = {n: of[n]["images_per_s"] for n in MAIN if n in of}
-        head = {"images": row["problem"]["images"], "GFLOP an image": row["GFLOP_an_image"]}
-        overview.append(head | rates | {"fastdino, times official": of["fastdino"]["times_official"]})
-    networks = [{"network": name} for name, *_ in named]
-    out.append(table(f"images/s of whole updates{note}", networks, "network", overview))
-    for name, row, of in named:
-        main = [of[n] for n in MAIN if n in of]
-        cells = []
+    named = [(Problem(**r["problem"]), r, {v["variant"]: v for v in r["variants"]}) for r in rows]
+    lines = []
+    for problem, row, of in named:
+        cells = {"images": problem.images, "GFLOP an image": row["GFLOP_an_image"]}
+        cells |= {n: of[n]["images_per_s"] for n in MAIN if n in of}
+        lines.append((problem.name, cells | {"fastdino, times official": of["fastdino"]["times_official"]}))
+    out = [table(title(rows, "images/s of whole updates"), "network", lines)]
+    for problem, row, of in named:
+        main, lines = [of[n] for n in MAIN if n in of], []
         for v in main:
-            cell = {"precision": v["precision"], "images/s": v["images_per_s"]}
-            cell |= {"times official": v["times_official"], "MFU": f"{v['use']:.0%}"}
-            cell |= {"peak MB": v.get("peak_MB"), "MB an image": v.get("MB_an_image")}
-            cell |= {"waits": v["off"].get("waits"), "gradients off": f"{v['off']['gradients']:.0e}"}
-            cells.append(cell)
-        title = f"{name}, {row['problem']['images']} images an update{note}"
+            cells = {"precision": v["precision"], "images/s": v["images_per_s"]}
+            cells |= {"times official": v["times_official"], "MFU": f"{v['use']:.0%}"}
+            cells |= {"peak MB": v.get("peak_MB"), "MB an image": v.get("MB_an_image")}
+            cells |= {"waits": v["off"].get("waits"), "gradients off": f"{v['off']['gradients']:.0e}"}
+            lines.append((v["variant"], cells))
+        out.append(table(title(rows, f"{problem.name}, {problem.images} images an update"), "variant", lines))
         others, when = row["conditions"]["others_share_of_cores"], row["stamp"]["date"]
         rounds = of["official"]["images_per_s"]["rounds"]
-        out.append(table(title, main, "variant", cells))
         out.append(f"{rounds} rounds; {others:.0%} of the cores were at other work; {when}\n")
-        if without := [v for v in row["variants"] if v["variant"] not in MAIN]:
-            cells = [
-                {"images/s": v["images_per_s"], "time, of fastdino's": v["times_fastdino"]} for v in without
-            ]
-            lines = [{"fastdino without": label(v["variant"], row)} for v in without]
-            out.append(table(f"{name}, an optimization taken away{note}", lines, "fastdino without", cells))
-        if parts := [v for v in main if v["variant"] in ("official", "fastdino") and v.get("parts")]:
-            cells = [{part: f"{x:.1f}%" for part, x in shares(v).items()} for v in parts]
-            out.append(table(f"{name}, share of the time{note}", parts, "variant", cells))
+        lines = [
+            (label(n, row), {"images/s": v["images_per_s"], "time, of fastdino's": v["times_fastdino"]})
+            for n, v in of.items()
+            if n not in MAIN
+        ]
+        if lines:
+            what = title(rows, f"{problem.name}, an optimization taken away")
+            out.append(table(what, "fastdino without", lines))
+        timed = [v for v in main if v["variant"] in ("official", "fastdino") and v.get("parts")]
+        lines = [(v["variant"], {part: f"{x:.1f}%" for part, x in shares(v).items()}) for v in timed]
+        if lines:
+            out.append(table(title(rows, f"{problem.name}, share of the time"), "variant", lines))
     return "\n".join(out)
 
 
 def plot(rows: list[Row], about: Row, out: Path) -> None:
     """throughput.png, memory.png, parts.png and optimizations.png."""
-    figures: dict[str, Any] = {name: {} for name in ("throughput", "memory", "parts", "optimizations")}
+    rate, peak, parts, extra = (defaultdict[str, Row](lambda: defaultdict(dict)) for _ in range(4))
     for row in rows:
         problem = Problem(**row["problem"])
         group = f"{problem.patch or ''} ({problem.images})".strip()
         for v in row["variants"]:
-            found: Row = {"throughput": v["images_per_s"]} if v["variant"] in MAIN else {}
-            found |= {"memory": v["peak_MB"] / 1e3} if v.get("peak_MB") else {}
-            for figure, value in found.items():
-                figures[figure].setdefault(problem.arch, {}).setdefault(group, {})[v["variant"]] = value
-            if v["variant"] in ("official", "fastdino") and v.get("parts"):
-                name = f"{v['variant']} {problem.patch or ''}"
-                figures["parts"].setdefault(problem.arch, {})[name] = shares(v)
-            if v["variant"] not in MAIN:
-                extra = {"extra time": 100 * (v["times_fastdino"] - 1)}
-                figures["optimizations"].setdefault(problem.name, {})[label(v["variant"], row)] = extra
-    note = reduced(rows)
-    draw = partial(bars, about=about)
-    first = f"Whole DINO updates, by patch size (images an update); median, least and most{note}"
-    draw(out / "throughput.png", first, figures["throughput"], "images/s", log=True)
-    second = f"Peak memory of an update, by patch size (images){note}"
-    draw(out / "memory.png", second, figures["memory"], "GB")
-    draw(out / "parts.png", f"Where the time of an update goes{note}", figures["parts"], "%", stacked=True)
-    title = f"Extra time of an update with one of fastdino's optimizations taken away{note}"
-    draw(out / "optimizations.png", title, figures["optimizations"], "%; within 5 % is noise")
+            name = v["variant"]
+            if name in MAIN:
+                rate[problem.arch][group][name] = v["images_per_s"]
+            else:
+                extra[problem.name][label(name, row)] = {"extra time": 100 * (v["times_fastdino"] - 1)}
+            if v.get("peak_MB"):
+                peak[problem.arch][group][name] = v["peak_MB"] / 1e3
+            if name in ("official", "fastdino") and v.get("parts"):
+                parts[problem.arch][f"{name} {problem.patch or ''}"] = shares(v)
+    figures: list[tuple[str, str, Row, str, Row]] = [
+        ("throughput", "Images/s of an update, by patch size (images)", rate, "images/s", {"log": True}),
+        ("memory", "Peak memory of an update, by patch size (images)", peak, "GB", {}),
+        ("parts", "Where the time of an update goes", parts, "%", {"stacked": True}),
+        ("optimizations", "Extra time of an update without an optimization", extra, "%; 5 % is noise", {}),
+    ]
+    for file, what, panels, unit, options in figures:
+        draw(out / f"{file}.png", title(rows, what), panels, unit, about, **options)
+
+
+# The commands.
 
 
 def problems_of(args: argparse.Namespace) -> list[Problem]:
@@ -285,16 +249,95 @@ def position(row: Row) -> tuple[int, str, int]:
     return (list(VITS).index(arch) if arch in VITS else len(VITS)), arch, -row["problem"]["patch"]
 
 
-def stamp_of(about: Row) -> Row:
-    """What must be the same for a network not to be measured again."""
-    keys = ("device", "processor", "instruction_set", "torch", "python", "commit")
-    stamp = {key: about[key] for key in keys}
-    for package in ("timm", "lightly"):
-        try:
-            stamp[package] = version(package)
-        except PackageNotFoundError:
-            stamp[package] = "not installed"
-    return stamp
+def measure(args: argparse.Namespace, results: Results) -> None:
+    """Every network that results.json does not have."""
+    began, device, about = time.monotonic(), torch.device(args.device), results.about
+    names = ("float32", "bfloat16", "float16") if device.type == "cuda" else ("float32", "bfloat16")
+    rates = {name: matmul_flops(getattr(torch, name), device) for name in names}
+    stamp = {key: about.get(key) for key in STAMP}
+    results.rows = [row for row in results.stored if row["stamp"].items() >= stamp.items()]
+    if old := len(results.stored) - len(results.rows):
+        print(f"{old} networks were measured at another commit or with other versions: they are left out")
+    problems = problems_of(args)
+    for i, problem in enumerate(problems):
+        compiled, taken = ({problem.arch, problem.name} & {*x} for x in (args.compiled, args.optimizations))
+        asked = {"compiled": bool(args.compile and compiled), "without": list(args.without) if taken else []}
+        key = {"problem": json.loads(json.dumps(asdict(problem))), "asked": asked}
+        left = 60 * args.minutes - (time.monotonic() - began)
+        if any(row.items() >= key.items() for row in results.rows):
+            print(f"{problem.name}: measured already", flush=True)
+            continue
+        if left < 0:
+            print(f"{problem.name}: no time was left for it: the same command goes on with it", flush=True)
+            continue
+        until = time.monotonic() + left / (len(problems) - i)
+        # Blocks of all variants count together; past the limit they would run as they are, uncompiled.
+        with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+            row = bench(problem, asked, rates, until, args)
+        row |= {"asked": asked, "stamp": stamp | {"date": about["date"]}}
+        row["matmul_GFLOP_s"] = {name: rate / 1e9 for name, rate in rates.items()}
+        kept = [r for r in results.rows if r["problem"] != key["problem"]]
+        results.rows = sorted([*kept, json.loads(json.dumps(row))], key=position)
+        results.title = title(results.rows)
+        results.write(about | results.conditions.describe())
+        spent = (time.monotonic() - began) / 60
+        print(f"{problem.name}: done; {spent:.1f} of {args.minutes:g} minutes, {len(problems) - i - 1} left")
+        print(text([row]), flush=True)
+        del row
+        gc.collect()
+        torch._dynamo.reset()
+
+
+def memory_again(args: argparse.Namespace, results: Results) -> None:
+    """--memory-only: peaks anew, of the networks that results.json has."""
+    stamp = {key: results.about.get(key) for key in (*STAMP, "date")}
+    for row in results.rows:
+        problem = Problem(**row["problem"])
+        found = memory_apart(problem, row["asked"]["compiled"], args.device)
+        for v in row["variants"]:
+            v |= {"MB_an_image": None, "peak_MB": None, "held_MB": None} | found.get(v["variant"], {})
+        row["memory_stamp"] = stamp
+        results.write(results.stored_about)
+        print(f"{problem.name}: {[v['peak_MB'] for v in row['variants']]} MB", flush=True)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """--profile: the 25 kernels, on a CPU operators, that take most of each network's update, and a trace."""
+    args.module, device, gpu = "profile", torch.device(args.device), args.device.startswith("cuda")
+    results, updates = Results("Profile of whole updates", slowest, args), 5 if gpu else 2
+    for problem in problems_of(args):
+        shared, crops = Shared(problem, device), problem.crops(problem.images, device)
+        variants = variants_of(problem, shared, False, ())
+        # on a CPU the published form in the same precision, for float32 against bfloat16 tells little
+        variants["official"] = variants.get("official, bfloat16", variants["official"])
+        for name in ("official", "fastdino"):
+            variant, views = variants[name], variants[name].inputs(crops)
+            run(variant, views, 2)
+            with torch.profiler.profile() as profiled:
+                run(variant, views, updates)
+            events = [e for e in profiled.key_averages() if gpu == (e.device_type.name != "CPU")]
+            most = {}
+            for e in (e for e in events if not e.is_user_annotation):
+                ms = e.self_device_time_total if gpu else e.self_cpu_time_total
+                most[e.key] = [ms / 1e3 / updates, e.count / updates]
+            what = {"problem": problem.name, "images": problem.images, "variant": name}
+            row = what | {"precision": variant.precision, "ms": sum(ms for ms, _ in most.values())}
+            results.add([row | {"most": dict(sorted(most.items(), key=lambda item: -item[1][0])[:25])}])
+            trace = f"{problem.name}-{name}.json.gz".replace("/", "-")
+            profiled.export_chrome_trace(str(results.out / trace))
+
+
+def slowest(rows: list[Row]) -> str:
+    """A table of each profile."""
+    out = []
+    for r in rows:
+        what = f"{r['problem']}, {r['images']} images, {r['variant']}, {r['precision']}"
+        lines = [
+            (f"`{name[:90]}`", {"ms": ms, "share": f"{ms / r['ms']:.1%}", "calls": calls})
+            for name, (ms, calls) in r["most"].items()
+        ]
+        out.append(table(f"{what}: {r['ms']:.1f} ms an update", "most time in", lines))
+    return "\n".join(out)
 
 
 def parse() -> argparse.Namespace:
@@ -307,7 +350,7 @@ def parse() -> argparse.Namespace:
     add("--minutes", type=float, default=8 if gpu else 50, help="in all, about")
     add("--rounds", type=int, default=9, help="at most, of a network; two are due")
     add("--optimizations", nargs="*", default=["vit_tiny/16", *few], help="networks to take them away of")
-    add("--without", nargs="*", default=OPTIMIZATIONS, metavar="NAME", help="only these optimizations")
+    add("--without", nargs="*", choices=OPTIMIZATIONS, default=OPTIMIZATIONS, help="only these optimizations")
     add("--compiled", nargs="*", default=few, help="networks of which official DINO is compiled, too")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--parts", type=int, default=5 if gpu else 2, help="updates to time part by part; 0: none")
@@ -316,116 +359,31 @@ def parse() -> argparse.Namespace:
     add("--local-crops", type=int, default=8)
     add("--out-dim", type=int, default=65536)
     add("--quick", action="store_true", help="reduced sizes, 9 minutes on two cores")
-    add(
-        "--profile",
-        action="store_true",
-        help="torch.profiler on official DINO's update and fastdino's instead",
-    )
-    add("--memory-only", action="store_true", help="on a CPU: anew, of the networks that results.json has")
+    add("--profile", action="store_true", help="instead: torch.profiler on official DINO's and our updates")
+    add("--memory-only", action="store_true", help="memory anew, of the networks that results.json has")
     add("--plot-only", action="store_true", help="tables and plots anew, of results.json")
     if arguments.parse_known_args()[0].quick:
         arguments.set_defaults(archs=["vit_tiny", "vit_small", "resnet50"], global_size=112, local_size=48)
         arguments.set_defaults(out_dim=8192, minutes=8, compile=False)
         arguments.set_defaults(optimizations=["vit_tiny/16", "vit_tiny/8"])
-    args = arguments.parse_args()
-    if unknown := {*args.without} - {*OPTIMIZATIONS}:
-        arguments.error(f"--without {', '.join(sorted(unknown))}: there are {', '.join(OPTIMIZATIONS)}")
-    if args.memory_only and args.device.startswith("cuda"):
-        arguments.error("--memory-only is for a CPU: on a GPU memory is measured with the rest")
-    return args
-
-
-def profile(args: argparse.Namespace) -> None:
-    """A profile of each network's update in place of its time."""
-    args.module = "profile"
-    results = Results("Profile of whole updates", profiling.text, args)
-    device = torch.device(args.device)
-    for problem in problems_of(args):
-        shared, crops = Shared(problem, device), problem.crops(problem.images, device)
-        variants = variants_of(problem, shared, False, ())
-        # on a CPU the published form in the same precision, for float32 against bfloat16 tells little
-        published = variants.get("official, bfloat16", variants["official"])
-        for name, variant in (("official", published), ("fastdino", variants["fastdino"])):
-            update = partial(variant, variant.inputs(crops))
-            row = profiling.profile_update(update, device, 5 if device.type == "cuda" else 2)
-            variant.drop_gradients()
-            what = f"{problem.name}, {problem.images} images"
-            precision = str(variant.update.dtype).removeprefix("torch.")
-            results.add([{"problem": what, "variant": name, "precision": precision} | row])
-
-
-def memory_again(results: Results) -> None:
-    """--memory-only: peaks anew, of the networks that results.json has."""
-    stamp = stamp_of(results.about) | {"date": results.about["date"]}
-    for row in results.rows:
-        found = memory_apart(Problem(**row["problem"]), row["asked"]["compiled"])
-        for v in row["variants"]:
-            v |= {"MB_an_image": None, "peak_MB": None, "held_MB": None} | found.get(v["variant"], {})
-        row["memory_stamp"] = stamp
-        results.write(results.stored_about)
-        print(f"{Problem(**row['problem']).name}: {[v['peak_MB'] for v in row['variants']]} MB", flush=True)
-
-
-def measure(args: argparse.Namespace, results: Results) -> None:
-    """Every network that results.json does not have."""
-    began, gpu, device = time.monotonic(), args.device.startswith("cuda"), torch.device(args.device)
-    names = ("float32", "bfloat16", "float16") if gpu else ("float32", "bfloat16")
-    rates = {name: matmul_flops(getattr(torch, name), device) for name in names}
-    stamp, about = stamp_of(results.about), results.about
-    results.rows = [row for row in results.stored if row["stamp"].items() >= stamp.items()]
-    if old := len(results.stored) - len(results.rows):
-        print(f"{old} networks were measured at another commit or with other versions: they are left out")
-    problems, skipped = problems_of(args), []
-    for i, problem in enumerate(problems):
-
-        def named(networks: list[str], problem: Problem = problem) -> bool:
-            return problem.arch in networks or problem.name in networks
-
-        without = list(args.without) if named(args.optimizations) else []
-        asked = {"compiled": args.compile and named(args.compiled), "without": without}
-        key = {"problem": json.loads(json.dumps(asdict(problem))), "asked": asked}
-        if any(row.items() >= key.items() for row in results.rows):
-            print(f"{problem.name}: measured already", flush=True)
-            continue
-        left = 60 * args.minutes - (time.monotonic() - began)
-        if left < 0:
-            skipped.append(problem.name)
-            continue
-        until = time.monotonic() + left / (len(problems) - i)
-        # Blocks of all variants count together; past the limit they would run as they are, uncompiled.
-        with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
-            row = bench(problem, key["asked"], rates, until, args)
-        row |= {"asked": key["asked"], "stamp": stamp | {"date": about["date"]}}
-        row["matmul_GFLOP_s"] = {name: rate / 1e9 for name, rate in rates.items()}
-        kept = [r for r in results.rows if r["problem"] != key["problem"]]
-        results.rows = sorted([*kept, json.loads(json.dumps(row))], key=position)
-        results.title = TITLE + reduced(results.rows)
-        results.write(about | stamp | results.conditions.describe())
-        spent = (time.monotonic() - began) / 60
-        print(f"{problem.name}: done; {spent:.1f} of {args.minutes:g} minutes, {len(problems) - i - 1} left")
-        print(text([row]), flush=True)
-        del row
-        gc.collect()
-        torch._dynamo.reset()
-    if skipped:
-        print(f"no time was left for {', '.join(skipped)}: the same command goes on with them")
+    return arguments.parse_args()
 
 
 def main() -> None:
     """See the module's docstring."""
     args = parse()
     if args.profile:
-        profile(args)
-        return
+        return profile(args)
+    again = args.plot_only or args.memory_only
     results = Results(TITLE, text, args, continues=not args.plot_only)
-    if args.plot_only or args.memory_only:
-        results.rows, results.title = results.stored, TITLE + reduced(results.stored)
+    if again:
+        results.rows, results.title = results.stored, title(results.stored)
     if args.memory_only:
-        memory_again(results)
+        memory_again(args, results)
     elif not args.plot_only:
         measure(args, results)
     if results.rows:
-        results.write(results.stored_about if args.plot_only or args.memory_only else results.about)
+        results.write(results.stored_about if again else results.about)
         plot(results.rows, results.about, results.out)
         print(f"written to {results.out}")
 

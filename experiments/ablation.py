@@ -16,10 +16,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 
@@ -40,13 +38,10 @@ STOPPED = {75, 130, -signal.SIGINT, -signal.SIGTERM}  # exit statuses of a run t
 def default_variants(base: Config, images: int) -> list[Variant]:
     """The paper's ablations about `base`, whose numbers are resolved for a number of images."""
     model, crops, method = base.model, base.data.crops, base.method
-    k, b, p, local = (
-        resolved(model.out_dim),
-        base.optim.batch_size,
-        model.patch_size,
-        crops.local_crops_number,
-    )
+    k, b, p = resolved(model.out_dim), base.optim.batch_size, model.patch_size
+    local, batches = crops.local_crops_number, [n for n in (b // 4, b, 2 * b) if n <= images]
     smallest = crops.local_crops_size if local else crops.global_crops_size
+    none = "--local-crops-number 0"
 
     def flag(name: str, value: float, own: float) -> str:
         return "" if value == own else f"--{name} {value}"
@@ -54,6 +49,9 @@ def default_variants(base: Config, images: int) -> list[Variant]:
     def temp(t: float) -> str:
         same = t == method.teacher_temp == method.warmup_teacher_temp
         return "" if same else f"--teacher-temp {t:g} --warmup-teacher-temp {t:g}"
+
+    def center(m: float) -> str:
+        return flag("center-momentum", m, method.center_momentum)
 
     table = [
         ("teacher", "momentum", "", "learns"),
@@ -65,19 +63,16 @@ def default_variants(base: Config, images: int) -> list[Variant]:
         ("collapse", "no-centring", "--center-momentum 1", "collapses"),
         ("collapse", "no-sharpening", temp(method.student_temp), "collapses"),
         ("multi-crop", f"{local}-local-crops", "", ""),
-    ]
-    if local:
-        none = "--local-crops-number 0"
-        table.append(("multi-crop", "no-local-crops", none, "worse"))
+        ("multi-crop", "no-local-crops", none, "worse"),
         # Official DINO's advice: the global crops then take smaller scales too.
-        table.append(("multi-crop", "no-local-crops-wide", f"{none} --global-crops-scale 0.14 1", "worse"))
+        ("multi-crop", "no-local-crops-wide", f"{none} --global-crops-scale 0.14 1", "worse"),
+    ]
+    table = [line for line in table if local or none not in line[2]]
     for t, paper in ((0.02, "learns"), (0.04, "learns"), (0.07, ""), (0.1, "collapses")):
         table.append(("teacher-temp", f"teacher-temp-{t:g}", temp(t), paper))
     for m, paper in ((0, "learns"), (0.9, "learns"), (0.99, "learns"), (0.999, "collapses")):
-        own = flag("center-momentum", m, method.center_momentum)
-        table.append(("centre", f"centre-momentum-{m:g}", own, paper))
+        table.append(("centre", f"centre-momentum-{m:g}", center(m), paper))
     table += [("prototypes", f"prototypes-{n}", flag("out-dim", n, k), "") for n in (k // 4, k, 16 * k)]
-    batches = [n for n in (b // 4, b, 2 * b) if n <= images]
     table += [("batch", f"batch-{n}", flag("batch-size", n, b), "") for n in batches]
     for n, paper in ((p // 2, "better"), (p, ""), (2 * p, "worse")):
         if 1 <= n <= smallest and model.arch.startswith("vit"):
@@ -130,33 +125,32 @@ def execute(
     ends this early, Ctrl-C too, stops all: they are told to save, and waited for.
     """
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
-    running, stopping, lock = list[subprocess.Popen[bytes]](), threading.Event(), threading.Lock()
+    waiting, running = {name: [*todo] for name, todo in jobs.items()}, dict[str, subprocess.Popen[bytes]]()
 
-    def work(name: str) -> tuple[str, int]:
-        code = 0
+    def start(name: str) -> None:
+        command = waiting[name].pop(0)
         with (folder / f"{name}.log").open("a") as log:
-            for command in jobs[name]:
-                with lock:  # no process starts once all have been told to stop
-                    if code or stopping.is_set():
-                        break
-                    print("$", shlex.join(command), file=log, flush=True)
-                    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-                    running.append(process)
-                code = process.wait()
-        return name, code
+            print("$", shlex.join(command), file=log, flush=True)
+            running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    with ThreadPoolExecutor(at_once) as pool:  # waits for its threads, and so for the processes
-        try:
-            for future in as_completed([pool.submit(work, name) for name in jobs]):
-                if future.result()[1] in STOPPED:
+    try:
+        while waiting:
+            for name in [name for name in waiting if name not in running][: at_once - len(running)]:
+                start(name)
+            time.sleep(0.1)
+            for name, code in [(n, code) for n, p in running.items() if (code := p.poll()) is not None]:
+                if code in STOPPED:
                     raise KeyboardInterrupt
-                yield future.result()
-        finally:
-            with lock:
-                stopping.set()
-                for process in running:
-                    process.terminate()
-            pool.shutdown(cancel_futures=True)
+                if code == 0 and waiting[name]:
+                    start(name)
+                    continue
+                del running[name], waiting[name]
+                yield name, code
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -192,12 +186,6 @@ def commands(args: argparse.Namespace, flags: Sequence[str], run: Path, labelled
     return [[sys.executable, "-m", *command] for command in ([train, knn] if labelled else [train])]
 
 
-def run_name(flags: str, seed: int) -> str:
-    """The name of a run: by its flags, so that it is found again among other variants."""
-    name = re.sub(r"[^\w.+=-]+", "_", flags).strip("-") or "base"
-    return f"{name}-seed{seed}"
-
-
 def run(args: argparse.Namespace, flags: list[str]) -> int:
     """Do the study, with `flags` of fastdino-train for all runs; returns 1 if a run failed.
 
@@ -215,50 +203,48 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     settings = {"preset": args.preset, "data": args.data, "val": args.val, "flags": shlex.join(flags)}
     settings |= {"fingerprint": source.fingerprint()}
     with claim(Path(args.out), "settings.json", settings, "an ablation", "the ablation"):
-        names: dict[str, list[str]] = {}  # of the runs of each configuration, by its flags
-        for v in variants:
-            seeds = max(len(names.get(v.flags, [])), args.seeds or v.seeds)
-            names[v.flags] = [run_name(v.flags, seed) for seed in range(seeds)]
-        return train_all(args, flags, names, variants, source.labels is not None)
+        return train_all(args, flags, variants, source.labels is not None)
 
 
-def train_all(
-    args: argparse.Namespace,
-    flags: list[str],
-    names: dict[str, list[str]],
-    variants: list[Variant],
-    labelled: bool,
-) -> int:
+def train_all(args: argparse.Namespace, flags: list[str], variants: list[Variant], labelled: bool) -> int:
     """Train what is not there yet, and write the report after each run; returns 1 if one failed."""
-    out, folder = Path(args.out), Path(args.out, "runs")
+    out, folder, cuda = Path(args.out), Path(args.out, "runs"), torch.cuda.is_available()
     folder.mkdir(exist_ok=True)
     path = out / "ablation.json"
     found: dict[str, Result] = json.loads(path.read_text()) if path.exists() else {}
-    heading = f"`{args.preset}` on {args.data}, with {shlex.join(flags)}"
+    seeds: dict[str, int] = {}  # of each configuration, by its flags
+    for v in variants:
+        seeds[v.flags] = max(seeds.get(v.flags, 0), args.seeds or v.seeds)
+
+    def name_of(own: str, seed: int) -> str:
+        """By its flags, so that a run is found again among other variants."""
+        words = re.sub(r"[^\w.+=-]+", "_", own).strip("-")
+        return f"{words or 'base'}-seed{seed}"
+
+    runs = [(own, seed) for own, count in seeds.items() for seed in range(count)]
+    runs.sort(key=lambda run: run[1])  # the first seed of each configuration comes first
+    names = {name_of(*run): run for run in runs}
+    jobs = {}
+    for name, (own, seed) in names.items():
+        if found.get(name, {}).get("state") not in ("trained", "diverged"):
+            given = [*flags, *shlex.split(own), "--seed", str(seed)]
+            jobs[name] = commands(args, given, folder / name, labelled)
 
     def write() -> str:
-        results = {own: [found[name] for name in runs if name in found] for own, runs in names.items()}
-        text = report(variants, results, heading)
+        results: dict[str, list[Result]] = {own: [] for own in seeds}
+        for name, (own, _) in names.items():
+            results[own] += [found[name]] if name in found else []
+        text = report(variants, results, f"`{args.preset}` on {args.data}, with {shlex.join(flags)}")
         write_text(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
         write_text(out / "ablation.md", text)
         plot(variants, results, out / "ablation.png")
         return text
 
-    jobs = {
-        runs[seed]: commands(
-            args, [*flags, *shlex.split(own), "--seed", str(seed)], folder / runs[seed], labelled
-        )
-        for seed in range(max(map(len, names.values())))  # the first of each comes first
-        for own, runs in names.items()
-        if seed < len(runs) and found.get(runs[seed], {}).get("state") not in ("trained", "diverged")
-    }
-    total = sum(map(len, names.values()))
-    there, began = total - len(jobs), time.monotonic()
-    at_once = args.jobs or (1 if torch.cuda.is_available() else min(data.cores(), 8))
-    threads = 0 if torch.cuda.is_available() else max(1, data.cores() // at_once)
+    total, there, began = len(names), len(names) - len(jobs), time.monotonic()
+    at_once = args.jobs or (1 if cuda else min(data.cores(), 8))
     note = f", {there} of them there already" if there else ""
-    cli.say(f"{total} runs of {len(names)} configurations{note}; {at_once} at a time")
-    with closing(execute(jobs, folder, at_once, threads)) as ended:
+    cli.say(f"{total} runs of {len(seeds)} configurations{note}; {at_once} at a time")
+    with closing(execute(jobs, folder, at_once, 0 if cuda else max(1, data.cores() // at_once))) as ended:
         for n, (name, code) in enumerate(ended, 1):
             log = (folder / f"{name}.log").read_text(errors="replace")
             result = found[name] = result_of(folder / name, code, log)
@@ -268,7 +254,7 @@ def train_all(
             what = result["error"] or f"{result['state']}{knn}"
             cli.say(f"{there + n} of {total}: {name}: {what}; about {left} min left")
     cli.say(write(), f"{out}/ablation.md, ablation.json, ablation.png")
-    return int(any(found[name]["state"] == "failed" for runs in names.values() for name in runs))
+    return int(any(found[name]["state"] == "failed" for name in names))
 
 
 if __name__ == "__main__":

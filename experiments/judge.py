@@ -16,14 +16,15 @@ from fastdino.diagnostics import Doctor
 from fastdino.files import printable, write_atomically
 from fastdino.monitor import read_metrics
 
-SOURCES = {  # of what the paper says, by group of variants
-    **{"teacher": "figure 6", "collapse": "figure 7", "multi-crop": "tables 7 and 8", "patch": "figure 5"},
-    **{"teacher-temp": "appendix D", "centre": "appendix D"},
-}
+# Of what the paper says, by group of variants.
+SOURCES = {"teacher": "figure 6", "collapse": "figure 7", "multi-crop": "tables 7 and 8", "patch": "figure 5"}
+SOURCES |= dict.fromkeys(("teacher-temp", "centre"), "appendix D")
 SWEEPS = ("teacher-temp", "centre", "prototypes", "batch", "patch")
 COLLAPSE = ("collapsed to uniform", "collapsed to one dimension")
 SIGNS = (*COLLAPSE, "the teacher equals the student", "logits grow", "fp16 overflowed")  # the doctor's
 JUDGED = {True: "as in the paper", False: "NOT as in the paper", None: "undecided"}
+MARKS = {"o": ("tab:blue", "a seed"), "x": ("tab:red", "a seed that ended collapsed")}
+MARKS["|"] = "grey", "the network before training"
 COLUMNS = {"entropy": ".2f", "prototypes_used": ".0f", "feature_rank": ".1f", "images_per_s": ".0f"}
 LEGEND = """
 Means over seeds ± standard deviations. k-NN: the teacher's, k = 20. to base: the difference of the means ±
@@ -33,9 +34,7 @@ metrics.jsonl.
 """
 
 Result = dict[str, Any]
-Results = Mapping[
-    str, Sequence[Result]
-]  # of the seeds of each configuration, by its flags; the base has none
+Results = Mapping[str, Sequence[Result]]  # of the seeds of a configuration, by its flags; the base has none
 
 
 @dataclass(frozen=True)
@@ -168,61 +167,44 @@ def report(variants: Sequence[Variant], results: Results, heading: str) -> str:
     lines = ["# Ablation", "", heading, LEGEND]
     for group in dict.fromkeys(v.group for v in variants):
         table = [cells(v, results) for v in variants if v.group == group]
-        table = [{c: text.replace("|", "\\|") for c, text in line.items()} for line in table]
-        widths = {c: max(len(c), *(len(line[c]) for line in table)) for c in table[0]}
-        table = [{c: c for c in widths}, {c: "-" * n for c, n in widths.items()}, *table]
-        rows = (" | ".join(text.ljust(widths[c]) for c, text in line.items()) for line in table)
-        lines += [f"## {group}", "", *(f"| {row} |" for row in rows), ""]
+        rows = [[*table[0]], ["---"] * len(table[0]), *([*line.values()] for line in table)]
+        lines += [f"## {group}", ""]
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows] + [""]
     # What is said of several variants with the same runs is one statement.
     stated = {(v.flags, v.paper): v for v in reversed(variants) if v.paper}.values()
     judged = [(v, *judge(v.paper, results[v.flags], results[""])) for v in variants if v in stated]
-    counts = Counter(came_out for _, came_out, _ in judged)
-    lines.append("What the paper says: " + ", ".join(f"{counts[k]} {JUDGED[k]}" for k in JUDGED if counts[k]))
-    lines += ["", *(f"- {JUDGED[k]}: {v.name} {v.statement}; here {told}" for v, k, told in judged)]
-    return printable("\n".join(lines if judged else lines[:-2])) + "\n"
+    if counts := Counter(came_out for _, came_out, _ in judged):
+        found = ", ".join(f"{counts[k]} {JUDGED[k]}" for k in JUDGED if counts[k])
+        lines += [f"What the paper says: {found}", ""]
+        lines += [f"- {JUDGED[k]}: {v.name} {v.statement}; here {told}" for v, k, told in judged]
+    return printable("\n".join(lines)) + "\n"
 
 
 def plot(variants: Sequence[Variant], results: Results, path: Path) -> None:
-    """Draw the k-NN of each seed as a dot, or a cross if it ended collapsed, and each mean as a bar.
+    """The k-NN of each seed as a dot, or a cross if it ended collapsed; grey bars: before training.
 
-    A line stands at the base's mean, a grey bar at that of a variant's network before training.
+    A line stands at the base's mean.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is asked for
     from matplotlib.figure import Figure
 
-    groups = dict.fromkeys(v.group for v in variants)
-    figure = Figure(figsize=(11, 1.2 + 0.23 * (len(variants) + 1.5 * len(groups))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(11, 1.5 + 0.25 * len(variants)), layout="constrained")
     axis = figure.subplots()
-    right = axis.get_yaxis_transform()  # x in shares of the axis, y in rows
-    axis.axvline(mean_of(values_of(results[""], "knn"))[0], color="tab:blue", linewidth=1, label="base, mean")
-    y, names = 0.0, {}
-    for group in groups:
-        y += 1.5
-        axis.text(-0.01, y, group, transform=right, weight="bold", va="center", ha="right")
-        axis.axhline(y - 0.75, color="0.85", linewidth=0.8)
-        for v in (v for v in variants if v.group == group):
-            y += 1
-            names[y], runs = cells(v, results)["variant"], results[v.flags]
-            fallen = [r for r in runs if set(COLLAPSE) & set(r["at_end"])]
-            for seeds, marker in (([r for r in runs if r not in fallen], "o"), (fallen, "x")):
-                x, color = values_of(seeds, "knn"), "tab:blue" if marker == "o" else "tab:red"
-                axis.plot(x, [y] * len(x), marker, color=color, markersize=5, alpha=0.7)
-            axis.plot(mean_of(values_of(runs, "untrained"))[0], y, "|", color="grey", markersize=10)
-            mean = mean_of(values_of(runs, "knn"))[0]
-            axis.plot(mean, y, "|", color="black", markersize=13, markeredgewidth=2)
-            states = Counter(r["state"] for r in runs if r["state"] != "trained")
-            notes, colour = [f"{n} {state}" for state, n in states.items()], "black"
-            if v.paper:
-                came_out = judge(v.paper, runs, results[""])[0]
-                notes.append(f"{v.paper}: {JUDGED[came_out]}")
-                colour = {True: "tab:green", False: "tab:red", None: "grey"}[came_out]
-            axis.text(1.01, y, ", ".join(notes), transform=right, va="center", color=colour, fontsize=9)
-    axis.plot([], [], "o", color="tab:blue", label="a seed")
-    axis.plot([], [], "x", color="tab:red", label="a seed that ended collapsed")
-    axis.plot([], [], "|", color="grey", label="the network before training")
-    axis.set_yticks([*names], [*names.values()])
-    axis.set_ylim(y + 1, 0.5)
+    axis.axvline(mean_of(values_of(results[""], "knn"))[0], linewidth=1, label="base, mean")
+    for y, v in enumerate(variants):
+        runs = results[v.flags]
+        fallen = [r for r in runs if set(COLLAPSE) & set(r["at_end"])]
+        healthy = [r for r in runs if r not in fallen]
+        for seeds, mark, name in ((healthy, "o", "knn"), (fallen, "x", "knn"), (runs, "|", "untrained")):
+            x = values_of(seeds, name)
+            axis.plot(x, [y] * len(x), mark, color=MARKS[mark][0], alpha=0.7)
+        states = Counter(r["state"] for r in runs if r["state"] != "trained")
+        said = [f"{n} {state}" for state, n in states.items()]
+        said += [f"{v.paper}: {JUDGED[judge(v.paper, runs, results[''])[0]]}"] if v.paper else []
+        axis.text(1.01, y, ", ".join(said), transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+    for mark, (colour, what) in MARKS.items():
+        axis.plot([], [], mark, color=colour, label=what)
+    axis.set_yticks(range(len(variants)), [f"{v.group}: {cells(v, results)['variant']}" for v in variants])
+    axis.invert_yaxis()
     axis.set_xlabel("k-NN (k = 20) in %")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)

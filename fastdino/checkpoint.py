@@ -5,12 +5,13 @@ Each is written beside its place, flushed to the disk and renamed, so one that i
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
+from fastdino.checkpoint_reader import Reader, check, digests, misfit, read_info, read_metadata
 from fastdino.config import Config, from_dict, to_dict
 from fastdino.distributed import cpu_group, full_tensor, gather, on_rank_zero, rank, world_size
-from fastdino.files import differences, lock, sync, write_atomically, write_text
+from fastdino.files import (
+    Lock,
+    differences,
+    holder,
+    lock,
+    read_json,
+    sweep,
+    sync,
+    write_atomically,
+    write_text,
+)
 
 # Fields that a continued run may change: none of them touches what is learnt, but by rounding.
 MAY_CHANGE_ON_RESUME = {
     "data.data",  # the images themselves are compared, by their fingerprint in the checkpoint
+    "data.include",
+    "data.exclude",
     "data.loader",
     "data.workers",
     "data.max_unreadable",
     "data.val",
     "run.out",
+    "run.precision",  # the type it comes to is compared, with that in the checkpoint
     "run.device",
     "run.log_every",
     "run.save_every",
     "run.keep",
+    "run.keep_every_epochs",
     "run.knn_every_epochs",
     "run.knn_images",
     "run.max_nonfinite",
@@ -48,8 +64,16 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def claim(out: Path, config: Config) -> ExitStack:
+def claim(out: Path, config: Config, tensors: Mapping[str, Tensor] | None = None) -> Lock:
     """Make `out` the folder of this run, new or continued, and hold it until the returned lock is closed.
+
+    A run of another configuration is let through where --change or --extend says so; `changes` then names
+    what differs.
+
+    Args:
+        out: the folder.
+        config: the run.
+        tensors: what its checkpoints hold, of these shapes.
 
     Raises:
         ValueError: it holds a run of another configuration (the differences are named), files of a run but no
@@ -61,37 +85,107 @@ def claim(out: Path, config: Config) -> ExitStack:
     # Not of the loader's processes: they outlive a kill -9 by seconds.
     held = lock(out)
     if held is None:
-        raise ValueError(f"another process is training in {out}: wait for it, or give another --out")
+        raise ValueError(
+            f"another process is training in {out}{holder(out)}: wait for it, or give another --out"
+        )
     try:
-        _check_same_run(out, config)
+        sweep(out)
+        _sweep(out)
+        _check_same_run(out, config, tensors or {})
     except BaseException:
         held.close()
         raise
     return held
 
 
-def _check_same_run(out: Path, config: Config) -> None:
+def stored_config(out: Path) -> Config | None:
+    """The configuration of the run in `out`; None where it has no checkpoint to go on from.
+
+    Raises:
+        ValueError: its config.json cannot be read.
+    """
     path = out / "config.json"
-    if not path.exists() and (
+    if not checkpoints(out) or not path.exists():
+        return None
+    # through the classes, so that a field newer than the run has the value it had before there was one
+    try:
+        return from_dict(Config, read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Restore it, or give another --out") from None
+
+
+def changes(out: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """What of `config` differs from the run in `out` and touches what is learnt: was and now, by dotted name.
+
+    One file of weights by two paths is no difference.
+    """
+    stored = stored_config(out)
+    if stored is None:
+        return {}
+    found = differences(_as_dict(stored), _as_dict(config))
+    if _same_file(stored.model.init_from, config.model.init_from):
+        found.pop("model.init_from", None)
+    return {name: values for name, values in found.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+def _same_file(was: str, now: str) -> bool:
+    """Whether two paths may name one file, the first perhaps relative to another folder than this one."""
+    a, b = ([part for part in Path(os.path.normpath(x)).parts if part != ".."] for x in (was, now))
+    n = min(len(a), len(b))
+    return bool(was and now) and (os.path.realpath(was) == os.path.realpath(now) or a[-n:] == b[-n:])
+
+
+def _as_dict(config: Config) -> dict[str, Any]:
+    """What is kept of a configuration: all but what is said of one continuation."""
+    values = to_dict(config)
+    for name in ("extend", "change"):
+        del values["run"][name]
+    return values
+
+
+def write_config(out: Path, config: Config) -> None:
+    """Write config.json."""
+    write_text(out / "config.json", json.dumps(_as_dict(config), indent=2) + "\n")
+
+
+def flag(name: str) -> str:
+    """The flag of a field by its dotted name."""
+    return f"--{name.split('.')[-1].replace('_', '-')}"
+
+
+def _check_same_run(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    if not (out / "config.json").exists() and (
         found := [n for n in ("checkpoints", "metrics.jsonl", "teacher.safetensors") if (out / n).exists()]
     ):
         raise ValueError(f"{out} has {', '.join(found)} but no config.json: give another --out")
     if not checkpoints(out):  # a new run, or one that failed before it had anything to lose
-        write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
+        write_config(out, config)
         return
-    # through the classes, so that a field newer than the run has the value it had before there was one
-    stored = to_dict(from_dict(Config, json.loads(path.read_text())))
-    differing = [
-        f"  --{name.split('.')[-1].replace('_', '-')}: was {was!r}, now {now!r}"
-        for name, (was, now) in differences(stored, to_dict(config)).items()
-        if name not in MAY_CHANGE_ON_RESUME
-    ]
-    if differing:
-        raise ValueError(
-            f"{out} holds a run of another configuration:\n"
-            + "\n".join(differing)
-            + "\nGive the flags of that run to continue it, or another --out to start anew."
-        )
+    differing = changes(out, config)
+    if not differing:
+        return
+    longer = set(differing) == {"optim.epochs"}
+    problem = _misfit(out, tensors)
+    if (config.run.change or (config.run.extend and longer)) and not problem:
+        return
+    told = "".join(f"  {flag(name)}: was {was!r}, now {now!r}\n" for name, (was, now) in differing.items())
+    how = "--extend" if longer else "--change"
+    advice = f"to continue it, add {how} to continue it with these" if not problem else "to continue it"
+    shapes = f"Its tensors have other shapes, which nothing can change: {problem}.\n" if problem else ""
+    raise ValueError(
+        f"{out} holds a run of another configuration:\n{told}{shapes}"
+        f"Give the flags of that run {advice}, or give another --out to start anew."
+    )
+
+
+def _misfit(out: Path, tensors: Mapping[str, Tensor]) -> str:
+    """How `tensors`, if any, differ from those of the newest checkpoint that can be read; else empty."""
+    for path in reversed(checkpoints(out).values()) if tensors else ():
+        with suppress(ValueError, OSError):
+            metadata = read_metadata(path)
+            more = sorted(metadata.state_dict_metadata.keys() - tensors.keys())
+            return misfit(metadata, tensors) or (f"{more[0]} is there, not here" if more else "")
+    return ""
 
 
 class Saver:
@@ -138,17 +232,18 @@ class Saver:
     def _complete(
         self, step: int, written: Any, info: dict[str, Any], write_teacher: Callable[[], None]
     ) -> None:
-        written.result()
+        metadata = written.result()
         if rank() != 0:
             return
         folder = self.out / "checkpoints"
         final, tmp = folder / f"step_{step}", folder / f".step_{step}.tmp"
-        for stored in (dcp.FileSystemReader(tmp).read_metadata().storage_data or {}).values():
-            if not (tmp / stored.relative_path).exists():
+        for name in {stored.relative_path for stored in metadata.storage_data.values()}:
+            if not (tmp / name).exists():
                 raise OSError(
-                    f"{tmp / stored.relative_path}, which another rank wrote, is not here: --out must be on "
-                    "a file system that all machines share"
+                    f"{tmp / name}, which another rank wrote, is not here: --out must be on a file system "
+                    "that all machines share"
                 )
+        info = info | {"checkpoint": step, "digests": digests(tmp)}
         (tmp / "info.json").write_text(json.dumps(info))
         for path in tmp.iterdir():
             sync(path)
@@ -206,33 +301,53 @@ def save(out: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any])
 
 def checkpoints(out: Path) -> dict[int, Path]:
     """Checkpoints of the run in `out` by step, oldest first."""
-    found = {int(p.name[5:]): p for p in (out / "checkpoints").glob("step_*") if p.name[5:].isdigit()}
-    return dict(sorted(found.items()))
+    # Not isdigit, for which other alphabets' digits are digits too.
+    names = re.compile(r"step_(0|[1-9][0-9]{0,14})")
+    found = {int(m[1]): p for p in (out / "checkpoints").glob("step_*") if (m := names.fullmatch(p.name))}
+    return {step: path for step, path in sorted(found.items()) if path.is_dir()}
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Fill `tensors` in place from checkpoint folder `path`; returns what `save` was given as `info`.
 
-    However many ranks wrote it, and whether they held whole tensors or parts.
+    However many ranks wrote it, and whether they held whole tensors or parts. Whoever wrote it, nothing in
+    it is executed, and nothing is filled before its files have been found whole and of these sizes.
 
     Raises:
         ValueError: it cannot be read, on any rank; the tensors may then hold anything.
     """
-    error = ""
+    error, info = "", dict[str, Any]()
+    try:
+        info = read_info(path, verify=rank() == 0)
+        if (step := info.pop("checkpoint", None)) is not None and path.name != f"step_{step}":
+            raise ValueError(f"it is checkpoint {step} under another name")
+        metadata = read_metadata(path)
+        check(path, metadata, tensors)
+    except Exception as caught:  # a damaged file can make a reader raise anything
+        error = f"{path} cannot be read: {_reason(caught)}"
+    if error := _agreed(error):
+        raise ValueError(error)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.load(tensors, checkpoint_id=path, process_group=cpu_group(), no_dist=world_size() == 1)
-        info = json.loads((path / "info.json").read_text())
-    except (Exception, CheckpointException) as caught:  # a damaged file can make the reader raise anything
+            reader = Reader(path, metadata)
+            dcp.load(tensors, storage_reader=reader, process_group=cpu_group(), no_dist=world_size() == 1)
+    except (Exception, CheckpointException) as caught:
         error = f"{path} cannot be read: {_reason(caught)}"
     if error := _agreed(error):
         raise ValueError(error)
     return info
 
 
-def load_newest(out: Path, tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any], list[str]]:
+def load_newest(
+    out: Path, tensors: dict[str, Tensor], check_info: Callable[[dict[str, Any]], None] = lambda info: None
+) -> tuple[int, dict[str, Any], list[str]]:
     """Fill `tensors` from the newest checkpoint of the run in `out` that can be read.
+
+    Args:
+        out: the run's folder.
+        tensors: see `load`.
+        check_info: raises ValueError where it cannot go on from what `save` was given as `info`.
 
     Returns:
         its step and info, and a sentence on each newer one that cannot; step 0 and no info if there is none.
@@ -242,13 +357,28 @@ def load_newest(out: Path, tensors: dict[str, Tensor]) -> tuple[int, dict[str, A
     """
     problems: list[str] = []
     for step in on_rank_zero(lambda: list(reversed(checkpoints(out)))):
+        path = out / "checkpoints" / f"step_{step}"
         try:
-            return step, load(out / "checkpoints" / f"step_{step}", tensors), problems
+            info = load(path, tensors)
+            check_info(info)
+            return step, info, problems
         except ValueError as error:
-            problems.append(str(error))
+            told = str(error)
+            problems.append(told if told.startswith(str(path)) else f"{path} cannot be read: {told}")
     if problems:
         raise ValueError("\n".join([*problems, f"No checkpoint of {out} is left: give another --out."]))
     return 0, {}, []
+
+
+def amend(path: Path, **values: Any) -> None:
+    """Write checkpoint folder `path` anew with other values in its info."""
+    write_text(path / "info.json", json.dumps(read_json(path / "info.json") | values))
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed saves left; a run's own alone calls it."""
+    for leftover in (out / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(out: Path, keep: int, keep_every: int) -> None:
@@ -258,8 +388,7 @@ def prune(out: Path, keep: int, keep_every: int) -> None:
 
     Also removes what a killed save left behind.
     """
-    for leftover in (out / "checkpoints").glob(".step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(out)
     for step, path in list(checkpoints(out).items())[:-keep]:
         if not keep_every or step == 0 or step % keep_every:
             # Renamed first, so that a deletion cut short never looks like a checkpoint.
@@ -281,7 +410,7 @@ def cpu_state_dict(network: nn.Module) -> dict[str, Tensor]:
 def write_teacher(path: Path, teacher: nn.Module | dict[str, Tensor], config: Config, step: int) -> None:
     """Write the teacher, or what `cpu_state_dict` made of it, as one file with its configuration inside."""
     state = cpu_state_dict(teacher) if isinstance(teacher, nn.Module) else teacher
-    metadata = {"format": "pt", "fastdino_config": json.dumps(to_dict(config)), "step": str(step)}
+    metadata = {"format": "pt", "fastdino_config": json.dumps(_as_dict(config)), "step": str(step)}
     write_atomically(path, lambda tmp: save_file(state, tmp, metadata=metadata))
 
 

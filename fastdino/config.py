@@ -6,9 +6,10 @@ flag and what to do. Defaults are those of official DINO (Caron et al. 2021, arX
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -136,8 +137,14 @@ class DataConfig:
     """The images: a folder (searched recursively; class sub-folders become labels, none are needed), a text
     file with one path a line, or tar shards: a folder of them, 'DIR/{000..127}.tar' or 'DIR/*.tar'."""
     val: str = ""
-    """Labelled images to test k-NN on, with --data as the neighbours. Without it, each image of --data is
-    classified by the others."""
+    """Labelled images to test k-NN on, with --data as the neighbours; where --data has no labels, each by the
+    others of --val. Without it, each image of --data is classified by the others."""
+    include: tuple[str, ...] = ()
+    """Patterns as 'photos/*', where * stands for slashes too: of --data and --val only images are taken whose
+    path below them fits one."""
+    exclude: tuple[str, ...] = ()
+    """Patterns as 'masks/*' '*_depth.png': images of --data and --val whose path below them fits one are left
+    out."""
     loader: Literal["auto", "torchvision", "dali"] = "auto"
     """What makes the crops, by the same arithmetic. torchvision: the CPU's cores. dali: the device, where
     DALI decodes. auto: dali on a GPU, if it is installed."""
@@ -220,9 +227,9 @@ class MethodConfig:
     """Softmax temperature of the teacher after its warm-up. Above 0.07 training tends to collapse."""
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start; lower it if the loss does not fall."""
-    warmup_teacher_temp_epochs: int = 0
-    """Epochs over which the teacher temperature rises linearly. If longer than the run: three tenths of the
-    run."""
+    warmup_teacher_temp_epochs: int | Auto = 0
+    """Epochs over which the teacher temperature rises linearly. auto: 30, official DINO's, or three tenths of
+    the run where that is less. If longer than the run: three tenths of it."""
     centering: Literal["ema", "sinkhorn"] = "ema"
     """What keeps the teacher from collapsing to one prototype: a centre that follows its outputs, or
     Sinkhorn-Knopp on each batch (on each piece of it with --accumulate)."""
@@ -261,9 +268,9 @@ class OptimConfig:
     adamw."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine; not scaled."""
-    warmup_epochs: float = 10
-    """Epochs over which the learning rate rises linearly from 0. If longer than the run: a tenth of the
-    run."""
+    warmup_epochs: float | Auto = "auto"
+    """Epochs over which the learning rate rises linearly from 0. auto: 10, official DINO's, or a tenth of the
+    run where that is less. If longer than the run: a tenth of it."""
     weight_decay: float = 0.04
     """Weight decay at the start; biases and one-dimensional parameters have none."""
     weight_decay_end: float = 0.4
@@ -277,7 +284,8 @@ class OptimConfig:
     """Epochs during which the prototypes get neither gradient nor decay."""
     head_warmup_steps: int = 0
     """Updates before the others in which the head alone learns, the backbone of --init-from held still; the
-    learning rate rises to its peak over them, and begins anew after them."""
+    learning rate rises to its peak over them, and begins anew after them. If the run has no more: a tenth of
+    them."""
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "epochs batch_size accumulate")
@@ -300,6 +308,12 @@ class RunConfig:
 
     out: str = ""
     """Folder of the run. If it holds a run of the same configuration, that run is continued."""
+    extend: bool = False
+    """Continue the run in --out with another number of --epochs. The schedules span all of them, so the
+    learning rate jumps."""
+    change: bool = False
+    """Continue the run in --out with other flags, images or precision, as long as its tensors keep their
+    shapes. What changed is kept in changes.jsonl."""
     device: str = "auto"
     """auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -376,18 +390,25 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The config of class `cls` from what `to_dict` gave; raises ValueError on a field this version does not
-    know."""
+    """The config of class `cls` from what `to_dict` gave.
+
+    Raises:
+        ValueError: on anything else: a field this version does not know, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is {reprlib.repr(values)}, not its fields: was the file changed?")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := set(values) - set(fields):
         raise ValueError(
-            f"{cls.__name__} has no field {', '.join(sorted(unknown))}: written by another version?"
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))[:200]}: written by another version?"
         )
     made: dict[str, Any] = {}
     for name, value in values.items():
         kind = fields[name].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             value = from_dict(kind, value)
+        elif not _is_of(value, kind):
+            raise ValueError(f"{_flag(name)} is {reprlib.repr(value)}, which it cannot be")
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value
@@ -454,6 +475,44 @@ def _leaves(config: Any) -> dict[str, Any]:
     return leaves
 
 
+def warmup_length(asked: float | Auto, published: float, share: float, epochs: int) -> float:
+    """Epochs of a warm-up: as asked for, or its share of a run that is shorter than that.
+
+    auto: as published, or its share of the run where that is less. A fixed number would make a short run one
+    long warm-up.
+    """
+    if asked == "auto":
+        return min(published, share * epochs)
+    return asked if asked <= epochs else share * epochs
+
+
+def lr_warmup(config: OptimConfig) -> float:
+    """Epochs of learning-rate warm-up; official DINO's are 10, a tenth of 100."""
+    return warmup_length(config.warmup_epochs, 10, 0.1, config.epochs)
+
+
+def temperature_warmup(config: Config) -> int:
+    """Epochs of teacher-temperature warm-up; the published recipe's are 30, three tenths of 100."""
+    return round(warmup_length(config.method.warmup_teacher_temp_epochs, 30, 0.3, config.optim.epochs))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field; whole numbers are floats too, and lists are tuples."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in inner
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if inner:
+        return any(_is_of(value, one) for one in inner)
+    if kind in (int, float):
+        return type(value) in (int, kind) and -(2**62) < value < 2**62  # neither NaN nor infinite
+    return type(value) is kind and not (kind is str and "\0" in value)
+
+
 IMAGES_A_PROTOTYPE = 8
 TEACHER_IMAGES = 2000  # that a teacher should average over at the least
 
@@ -497,6 +556,20 @@ def resolve_auto(config: Config, images: int, updates: int, width: int) -> tuple
             f"of 1024, by the root of the batch {optim.batch_size} and the inverse of the width {width}"
         )
         optim = replace(optim, lr=lr)
+    if optim.warmup_epochs == "auto":
+        optim = replace(optim, warmup_epochs=float(f"{lr_warmup(optim):.3g}"))
+        if optim.epochs < 100:
+            sentences.append(
+                f"--warmup-epochs {optim.warmup_epochs:g}: a tenth of the {optim.epochs} epochs, as official "
+                "DINO's 10 of 100"
+            )
+    if method.warmup_teacher_temp_epochs == "auto":
+        method = replace(method, warmup_teacher_temp_epochs=temperature_warmup(config))
+        if optim.epochs < 100:
+            sentences.append(
+                f"--warmup-teacher-temp-epochs {method.warmup_teacher_temp_epochs}: three tenths of the "
+                f"{optim.epochs} epochs, as the published 30 of 100"
+            )
     return replace(config, model=model, method=method, optim=optim), sentences
 
 
@@ -537,7 +610,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 bottleneck_dim=128,
             ),
             method=MethodConfig(momentum_teacher="auto"),
-            optim=OptimConfig(epochs=9, warmup_epochs=1, lr="auto"),
+            optim=OptimConfig(epochs=9, lr="auto"),
             run=RunConfig(save_every=200, knn_every_epochs=3),
         ),
     ),
@@ -556,7 +629,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         replace(
             _small,
             model=replace(_small.model, norm_last_layer=False),
-            method=replace(_small.method, teacher_temp=0.07, warmup_teacher_temp_epochs=30),
+            method=replace(_small.method, teacher_temp=0.07, warmup_teacher_temp_epochs="auto"),
             optim=replace(_small.optim, epochs=300),
         ),
     ),

@@ -79,8 +79,8 @@ class Doctor:
         self.since: list[list[int]] = [[] for _ in range(5)]  # steps in a row of each sign of `examine`
         self.first_logit, self.skipped = 0.0, deque([(0, 0)], maxlen=self.PATIENCE)
 
-    def before(self) -> list[str]:
-        """What the configuration alone says will go wrong."""
+    def before(self, updates: int) -> list[str]:
+        """What the configuration alone says will go wrong in a run of that many updates."""
         method, optim = self.config.method, self.config.optim
         sentences = []
         if 1 < optim.epochs <= optim.freeze_last_layer:
@@ -96,6 +96,15 @@ class Doctor:
             sentences.append(
                 f"the teacher averages over {images:.0f} images only (batch {optim.batch_size}, momentum "
                 f"{momentum:g}) and follows the noise of its batches: {advice}"
+            )
+        # A millionth for rounding: 1 / (1 - 0.99) is above 100.
+        if method.teacher_update == "momentum" and (1 - momentum) * updates < 1 - 1e-6:
+            enough = updates * optim.batch_size >= 5 * TEACHER_IMAGES
+            advice = f"lower --momentum-teacher to {1 - 5 / updates:.3g}" if enough else "give more --epochs"
+            over = f"averages over {1 / (1 - momentum):.0f} updates" if momentum < 1 else "never moves"
+            sentences.append(
+                f"--momentum-teacher {momentum:g}: the teacher {over}, but the run has {updates}, so it ends "
+                f"near its untrained beginning: {advice}"
             )
         return sentences
 

@@ -5,9 +5,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from fastdino import adapter, distributed, ops, optim
+from fastdino import adapter, distributed, ops
 from fastdino.backbones import build_backbone
-from fastdino.config import Config, resolved
+from fastdino.config import Config, resolved, temperature_warmup
 from fastdino.head import DINOHead
 from fastdino.loss import DINOLoss
 from fastdino.vit import VisionTransformer
@@ -80,7 +80,7 @@ class DINO(nn.Module):
             crops.n_views,
             method.warmup_teacher_temp,
             method.teacher_temp,
-            optim.temperature_warmup_epochs(config),
+            temperature_warmup(config),
             config.optim.epochs,
             method.student_temp,
             method.center_momentum,

@@ -82,7 +82,7 @@ class Health:
     ) -> None:
         self.config, self.source, self.update, self.run, self.monitor = config, source, update, run, monitor
         self.doctor = Doctor(config, distributed.world_size())
-        self.notes = self.doctor.before()
+        self.notes = self.doctor.before(run.total_steps)
         self.skipped: int = run.state.get("skipped", 0)
         unreadable = run.state.get("unreadable", {"run": [], "epoch": []})
         self.unreadable = {part: set[str](paths) for part, paths in unreadable.items()}
@@ -133,7 +133,8 @@ class Health:
             self.monitor.say(self.run.wait())
             raise RunError(
                 f"{len(failed)} of {len(self.source)} files could not be read, more than --max-unreadable "
-                f"{allowed:g} allows. Repair or remove them, or raise it:\n  " + "\n  ".join(sorted(failed))
+                f"{allowed:g} allows. Repair them, remove them and go on with --change, or raise it:\n  "
+                + "\n  ".join(sorted(failed))
             )
 
     def _report_unreadable(self, rows: list[Row], feed: Feed) -> None:
@@ -162,7 +163,7 @@ class Health:
             self.monitor.say(self.run.wait())
             raise RunError(
                 f"stopped at step {step}: {self._in_a_row} non-finite steps in a row. "
-                f"{self.run.last_good()} Lower --lr, or use --precision bf16 or fp32."
+                f"{self.run.last_good()} Lower --lr, or use --precision bf16 or fp32; either with --change."
             )
 
     def _report_nonfinite(self, step: int, lr: float, loss: float, names: list[str]) -> None:

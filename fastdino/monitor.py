@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fastdino.files import write_atomically, write_text
+from fastdino.files import read_bytes, write_atomically, write_text
 
 PLAIN_LINE_SECONDS = 15.0  # between progress lines where there is no terminal to draw a bar on
 
@@ -137,21 +138,37 @@ class Monitor:
 def _run_id(out: Path) -> str:
     """A W&B id that stays with the folder, so that a continued run continues its page."""
     path = out / "wandb_id"
-    if not path.exists():
-        write_text(path, os.urandom(8).hex())
-    return path.read_text()
+    if path.exists() and re.fullmatch(rb"[\w-]{1,64}", found := read_bytes(path, 4096)):
+        return found.decode()
+    write_text(path, new := os.urandom(8).hex())
+    return new
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of the run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The whole lines of the run's metrics.jsonl.
+
+    What no run writes is left out: a last line cut short by a kill, a line without a step or with values
+    other than numbers and words.
+    """
     path = out / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for text in read_bytes(path, 2**32).splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and all(map(_is_value, line.values())):
+            step = line.get("step")
+            lines += [line] if type(step) is int and step >= 0 else []
     return lines
+
+
+def _is_value(value: Any) -> bool:
+    """Whether a run logs such values: a number, or words, or names of images."""
+    if isinstance(value, int | float):
+        return -(2**62) < value < 2**62
+    words = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(word, str) for word in words)
 
 
 def plot_curves(out: Path, uniform_loss: float) -> Path:
@@ -169,7 +186,7 @@ def plot_curves(out: Path, uniform_loss: float) -> Path:
 
     def draw(axis: Any, title: str, **names: str) -> None:
         for name, label in names.items():
-            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            points = [(m["step"], m[name]) for m in metrics if isinstance(m.get(name), int | float)]
             axis.plot(*zip(*points, strict=True), label=label) if points else None
         axis.set_title(title)
         axis.set_xlabel("step")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.config import Config, OptimConfig, resolved
+from fastdino.config import Config, OptimConfig, lr_warmup, resolved, temperature_warmup
 from fastdino.distributed import is_sharded, local, norms, sharded_like
 
 
@@ -22,21 +22,6 @@ def cosine(step: int, base: float, final: float, total: int, warmup: int = 0) ->
     if step < warmup:
         return base * step / max(1, warmup - 1)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Steps of learning-rate warm-up: as configured, or a tenth of a run that is shorter than its warm-up."""
-    epochs = config.warmup_epochs if config.warmup_epochs <= config.epochs else 0.1 * config.epochs
-    return int(epochs * steps_per_epoch)
-
-
-def temperature_warmup_epochs(config: Config) -> int:
-    """Epochs of teacher-temperature warm-up: as configured, or three tenths of a run that is shorter than it.
-
-    Three tenths is what the published recipe has: 30 epochs of 100.
-    """
-    epochs = config.method.warmup_teacher_temp_epochs
-    return epochs if epochs <= config.optim.epochs else round(0.3 * config.optim.epochs)
 
 
 def teacher_temperatures(first: float, final: float, warmup_epochs: int, epochs: int) -> np.ndarray:
@@ -102,7 +87,7 @@ class Schedule:
         notes: a sentence on each thing that is not as configured.
 
     Raises:
-        ValueError: no step in an epoch, --head-warmup-steps as long as the run, or a number that is `auto`.
+        ValueError: no step in an epoch, or a rate or momentum that is `auto`.
     """
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
@@ -111,20 +96,27 @@ class Schedule:
             raise ValueError(f"steps_per_epoch is {steps_per_epoch}: give the updates of an epoch, 1 or more")
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.total_steps = cfg.epochs * steps_per_epoch
-        if cfg.head_warmup_steps >= self.total_steps:
-            raise ValueError(
-                f"--head-warmup-steps {cfg.head_warmup_steps}: the run has {self.total_steps} updates, give "
-                "fewer than those"
-            )
         self.keep_every = config.run.keep_every_epochs * steps_per_epoch
         self.peak_lr, self.first_momentum = peak_lr(cfg), resolved(method.momentum_teacher)
-        self.lr_warmup = warmup_steps(cfg, steps_per_epoch)
+        self.lr_warmup = int(lr_warmup(cfg) * steps_per_epoch)
         self.teacher_temps = teacher_temperatures(
-            method.warmup_teacher_temp, method.teacher_temp, temperature_warmup_epochs(config), cfg.epochs
+            method.warmup_teacher_temp, method.teacher_temp, temperature_warmup(config), cfg.epochs
         )
-        self.notes: list[str] = []
-        if cfg.warmup_epochs > cfg.epochs or method.warmup_teacher_temp_epochs > cfg.epochs:
-            self.notes.append("a warm-up longer than the run was shortened to its published share of it")
+        self.head_warmup = cfg.head_warmup_steps
+        self.notes = [
+            f"{flag} {asked}: shortened to {share} of the run, which has {cfg.epochs} epochs"
+            for flag, asked, share in (
+                ("--warmup-epochs", cfg.warmup_epochs, "a tenth"),
+                ("--warmup-teacher-temp-epochs", method.warmup_teacher_temp_epochs, "three tenths"),
+            )
+            if asked != "auto" and asked > cfg.epochs
+        ]
+        if self.head_warmup >= self.total_steps:
+            self.head_warmup = self.total_steps // 10
+            self.notes.append(
+                f"--head-warmup-steps {cfg.head_warmup_steps}: shortened to {self.head_warmup}, a tenth of "
+                f"the run, which has {self.total_steps} updates"
+            )
 
     def at(self, step: int) -> StepSettings:
         """The settings of update `step`, 0 to total_steps - 1; raises ValueError outside of those."""
@@ -133,7 +125,7 @@ class Schedule:
         cfg, run, total, done = self.config.optim, self.config.run, self.total_steps, step + 1
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         ends_epoch = in_epoch == self.steps_per_epoch - 1
-        head_only = cfg.head_warmup_steps
+        head_only = self.head_warmup
         if step < head_only:
             lr = self.peak_lr * done / head_only
         else:

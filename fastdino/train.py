@@ -25,11 +25,11 @@ from fastdino.data import Source, Unreadable, crops, open_source
 from fastdino.data.feed import Feed
 from fastdino.diagnostics import DIAGNOSTICS
 from fastdino.eval.attention import plot_attention
-from fastdino.eval.knn import check_classes, evaluate_knn
+from fastdino.eval.knn import check_classes, evaluate_knn, knn_roles
 from fastdino.health import Health, Row, Window
 from fastdino.monitor import Monitor, plot_curves, read_metrics
 from fastdino.optim import Schedule
-from fastdino.run import REQUEUE, Interrupted, Run, RunError, has_checkpoint
+from fastdino.run import REQUEUE, Interrupted, Run, RunError, has_checkpoint, with_numbers_of_run
 from fastdino.update import Update
 
 
@@ -38,9 +38,9 @@ def train(
 ) -> dict[str, Any]:
     """Train DINO as `config` says, or continue the run in `config.run.out`.
 
-    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png and,
-    for a ViT, attention.png. Where torchrun or srun has launched N processes, each calls this: they share
-    each batch, and the result is that of one process.
+    Leaves there config.json, metrics.jsonl, tensorboard/, checkpoints/, teacher.safetensors, curves.png, for
+    a ViT attention.png, and changes.jsonl where --extend or --change was used. Where torchrun or srun has
+    launched N processes, each calls this: they share each batch, and the result is that of one process.
 
     Args:
         config: the run.
@@ -60,13 +60,13 @@ def train(
         # What to train on, and the numbers that follow from it.
         images = open_images(config, device)
         with distributed.raise_on_all_ranks():
-            config, explanations = resolve_auto_for(config, len(images.source))
+            config, explanations = resolve_auto_for(with_numbers_of_run(config), len(images.source))
             schedule = Schedule(config, images.steps_per_epoch)
         total = schedule.total_steps
 
         # What trains. Entering `run` locks the folder and loads its checkpoint, if any, into `update`.
         update = update_type(config, device, load_weights=not has_checkpoint(config.run.out))
-        run = stack.enter_context(Run(config, update, images.fingerprint, total, schedule.keep_every))
+        run = stack.enter_context(Run(config, update, images.fingerprint, schedule))
         wandb, quiet = config.run.wandb, distributed.rank() > 0
         monitor = stack.enter_context(Monitor(run.out, run.start_step, total, to_dict(config), wandb, quiet))
         loader = make_loader(config, images, device, run.start_step, total)
@@ -144,10 +144,13 @@ def open_images(config: Config, device: torch.device) -> Images:
             )
         if not config.run.out:
             raise ValueError("--out is missing: give a folder for the run's files")
-        source = open_source(path)
-        val = open_source(config.data.val) if config.data.val else None
+        patterns = {"include": config.data.include, "exclude": config.data.exclude}
+        source = open_source(path, **patterns)
+        val = open_source(config.data.val, **patterns) if config.data.val else None
+        # At once: a refusal may be due to them.
+        cli.say(*source.notes, *(val.notes if val else []))
         if val is not None:
-            check_classes(source, val)
+            check_classes(*knn_roles(source, val))
         steps_per_epoch = data.steps_per_epoch(len(source), cfg.batch_size)
         # Raises where the batch does not divide into pieces and ranks.
         data.share_of(cfg.batch_size, cfg.accumulate, distributed.world_size())
@@ -160,7 +163,9 @@ def open_images(config: Config, device: torch.device) -> Images:
         if any(other != fingerprint for other in distributed.gather(fingerprint)):
             raise ValueError(f"the ranks see different images in {path}: give all the same ones")
     loader_kind, about_loader = data.choose_loader(config.data.loader, device)
-    notes = [note for note in (warning, about_loader, *source.notes) if note]
+    by_itself = "--data has no labels: k-NN classifies each image of --val by the others of --val"
+    alone = by_itself if val and source.labels is None else ""
+    notes = [note for note in (warning, about_loader, alone) if note]
     return Images(source, val, steps_per_epoch, fingerprint, loader_kind, notes)
 
 
@@ -264,14 +269,15 @@ def evaluate(
 
     Empty without labels, where it cannot be measured, and where a single process is asked to stop meanwhile.
     """
-    if images.source.labels is None:
+    neighbours, classified = knn_roles(images.source, images.val)
+    if neighbours.labels is None:
         return {}
     config = update.config
     try:
         accuracy = evaluate_knn(
             update.teacher_backbone(),
-            images.source,
-            images.val,
+            neighbours,
+            classified,
             config.data.crops,
             limit=config.run.knn_images,
             device=update.device,
@@ -286,7 +292,8 @@ def evaluate(
     finally:
         update.dino.teacher.train()
     shown = ", ".join(f"{a:.1f} % (k={k})" for k, a in accuracy.items())
-    monitor.say(f"step {step}: k-NN of the teacher {shown}")
+    where = " within --val" if neighbours is images.val else ""
+    monitor.say(f"step {step}: k-NN of the teacher{where} {shown}")
     return {f"knn_{k}": a for k, a in accuracy.items()}
 
 
@@ -325,8 +332,10 @@ def waiting_advice(images: Images, loader: data.Loader, device: torch.device) ->
     hints = [
         f"more --workers ({loader.workers} now, on {cores} cores)" if loader.workers < cores else "",
         "--loader dali" if not dali and device.type == "cuda" else "",
-        "--jpeg-scaling if the photographs are far larger than the crops" if not dali else "",
-        "shards (fastdino-data pack) if many small files are what is slow, or a faster disk",
+        "--jpeg-scaling (a begun run wants --change) if the photographs are far larger than the crops"
+        if not dali
+        else "",
+        "shards (fastdino-data pack; --change) if many small files are what is slow, or a faster disk",
     ]
     return "training waits for images; what may help: " + "; ".join(hint for hint in hints if hint)
 

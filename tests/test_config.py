@@ -130,9 +130,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_presets_are_the_published_recipes(name):
-    given = leaves(PRESETS[name][1])
+    settled, said = resolve_auto(PRESETS[name][1], 1_281_167, 2_001_800, 384)
+    given = leaves(settled)
     expected = DEFAULTS | RECIPES[name]
     assert {key: given[key] for key in expected} == expected
+    assert said == []
 
 
 def test_every_preset_is_a_published_recipe_or_for_small_data():
@@ -174,7 +176,7 @@ def test_numbers_left_open_follow_from_images_batch_and_length(images, batch, up
     config = Config(
         model=ModelConfig(out_dim="auto"),
         method=MethodConfig(momentum_teacher="auto"),
-        optim=OptimConfig(lr="auto", batch_size=batch),
+        optim=OptimConfig(lr="auto", batch_size=batch, warmup_epochs=1),
     )
     settled, said = resolve_auto(config, images, updates, width)
     found = leaves(settled)
@@ -184,6 +186,18 @@ def test_numbers_left_open_follow_from_images_batch_and_length(images, batch, up
         assert sentence.startswith(f"--{name.replace('_', '-')} {found[name]:g}")
     assert not (found["momentum_teacher"] < 1 - batch / 1800 and updates > 30)  # or the doctor would complain
     assert resolve_auto(settled, images, updates, width) == (settled, [])
+
+
+def test_a_run_made_shorter_says_how_long_its_warmups_are():
+    config = PRESETS["vit-small-16-boost"][1]
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=12))
+    settled, said = resolve_auto(config, 1000, 180, 384)
+    assert (settled.optim.warmup_epochs, settled.method.warmup_teacher_temp_epochs) == (1.2, 4)
+    assert said == [
+        "--warmup-epochs 1.2: a tenth of the 12 epochs, as official DINO's 10 of 100",
+        "--warmup-teacher-temp-epochs 4: three tenths of the 12 epochs, as the published 30 of 100",
+    ]
+    assert resolve_auto(settled, 1000, 180, 384) == (settled, [])
 
 
 def test_a_number_left_open_is_not_computed_with():

@@ -12,7 +12,7 @@ from imports import imports
 PACKAGE = Path(__file__).parents[1] / "fastdino"
 LAYERS = (
     ("ops", "config", "files"),
-    ("distributed",),
+    ("checkpoint_reader", "distributed"),
     ("cli", "optim", "sync_batch_norm"),
     ("parallel",),
     ("adapter", "checkpoint", "data", "diagnostics", "head", "loss", "monitor", "torch_saved", "vit"),
@@ -100,8 +100,8 @@ WITHIN = {
     "data": (
         ("images", "machine", "crops", "samples"),
         ("sources",),
-        ("shards", "loader"),
-        ("dali", "feed"),
+        ("tars", "loader"),
+        ("shards", "dali", "feed"),
         ("__init__",),
         ("tool",),
     ),

@@ -57,24 +57,46 @@ def test_schedules_are_official_dinos_at_every_step(base, final, total, warmup):
     np.testing.assert_allclose(ours, official_schedule(base, final, total, warmup), rtol=1e-12, atol=1e-16)
 
 
-def test_warmup_counts_steps_from_epochs():
-    assert optim.warmup_steps(OptimConfig(epochs=100, warmup_epochs=10), 2502) == 25020
-    assert optim.warmup_steps(OptimConfig(epochs=10, warmup_epochs=10), 7) == 70
-    assert optim.warmup_steps(OptimConfig(epochs=4, warmup_epochs=0), 7) == 0
-    assert optim.warmup_steps(OptimConfig(epochs=4, warmup_epochs=0.5), 7) == 3
-
-
-@pytest.mark.parametrize(("epochs", "per_epoch"), [(9, 10), (3, 10), (1, 100), (1, 5), (2, 1)])
-def test_a_warmup_longer_than_the_run_becomes_a_tenth_of_it(epochs, per_epoch):
-    config, total = OptimConfig(epochs=epochs, warmup_epochs=10, lr=1e-3, batch_size=256), epochs * per_epoch
-    warmup = optim.warmup_steps(config, per_epoch)
-    assert warmup == total // 10
-    lr = [optim.cosine(step, optim.peak_lr(config), config.min_lr, total, warmup) for step in range(total)]
-    assert np.isfinite(lr).all()
+@pytest.mark.parametrize(
+    ("epochs", "asked", "expected"),
+    [
+        (100, "auto", 10),
+        (300, "auto", 10),
+        (12, "auto", 1.2),
+        (9, "auto", 0.9),
+        (1, "auto", 0.1),
+        # asked for by name
+        (100, 10.0, 10),
+        (12, 10.0, 10),
+        (10, 10.0, 10),
+        (4, 0.0, 0),
+        (4, 0.5, 0.5),
+        # longer than the run
+        (9, 10.0, 0.9),
+        (1, 10.0, 0.1),
+    ],
+)
+def test_a_warmup_is_a_tenth_of_the_run_at_the_most_unless_asked_for_by_name(epochs, asked, expected):
+    config = make_config(Path(), Path("run"), epochs=epochs, warmup_epochs=asked, lr=1e-3, batch_size=256)
+    schedule = Schedule(config, 100)
+    assert schedule.lr_warmup == 100 * expected
+    lr = np.array([schedule.at(step).lr for step in range(schedule.total_steps)])
     assert max(lr) == pytest.approx(1e-3)
-    rising, falling = np.diff(lr[: max(warmup, 1)]), np.diff(lr[max(warmup, 1) :])
+    rising, falling = np.diff(lr[: max(schedule.lr_warmup, 1)]), np.diff(lr[max(schedule.lr_warmup, 1) :])
     assert (rising > 0).all()
     assert (falling < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "asked", "expected"),
+    [(300, "auto", 30), (40, "auto", 12), (1, "auto", 0), (40, 30, 30), (20, 30, 6), (100, 0, 0)],
+)
+def test_a_temperature_rises_for_three_tenths_of_the_run_at_the_most_unless_asked_for_by_name(
+    epochs, asked, expected
+):
+    flags = {"warmup_teacher_temp": 0.02, "teacher_temp": 0.05, "warmup_teacher_temp_epochs": asked}
+    schedule = small(epochs, 2, **flags)
+    assert (schedule.teacher_temps < 0.05).sum() == max(expected - 1, 0)  # its last epoch has 0.05
 
 
 def test_peak_lr_is_per_256_images():
@@ -105,7 +127,7 @@ def test_the_settings_of_every_step_are_the_published_schedules(preset: str, bat
     lr = official_schedule(cfg.lr * batch / 256, cfg.min_lr, total, warmup)
     decay = official_schedule(cfg.weight_decay, cfg.weight_decay_end, total)
     momentum = official_schedule(method.momentum_teacher, 1.0, total)
-    warm = method.warmup_teacher_temp_epochs
+    warm = 30 if preset == "vit-small-16-boost" else 0
     temps = np.concatenate(
         (np.linspace(0.04, method.teacher_temp, warm), np.full(cfg.epochs - warm, method.teacher_temp))
     )
@@ -169,7 +191,10 @@ def test_warmups_longer_than_the_run_are_shortened_and_the_schedule_says_so() ->
         warmup_teacher_temp_epochs=30,
     )
     schedule = Schedule(config, 10)
-    assert "shortened" in " ".join(schedule.notes)
+    assert schedule.notes == [
+        "--warmup-epochs 10: shortened to a tenth of the run, which has 9 epochs",
+        "--warmup-teacher-temp-epochs 30: shortened to three tenths of the run, which has 9 epochs",
+    ]
     assert schedule.at(8).lr == pytest.approx(optim.peak_lr(config.optim))  # a tenth of 90 updates
     temps = [schedule.at(10 * epoch).teacher_temp for epoch in range(9)]
     assert temps[:4] == pytest.approx([0.02, 0.035, 0.05, 0.05])  # three tenths of 9 epochs
@@ -185,6 +210,17 @@ def test_the_backbone_is_frozen_while_the_head_warms_up_and_the_schedule_begins_
     assert [s.lr for s in settings[:3]] == pytest.approx([peak / 3, 2 * peak / 3, peak])
     after = official_schedule(peak, config.optim.min_lr, 17, 5)
     assert [s.lr for s in settings[3:]] == pytest.approx(after.tolist())
+
+
+@pytest.mark.parametrize(("asked", "frozen"), [(19, 19), (20, 2), (1000, 2)])
+def test_a_head_warmup_longer_than_the_run_is_shortened_and_the_schedule_says_so(asked, frozen) -> None:
+    flags = {"epochs": 4, "init_from": "weights.pth", "head_warmup_steps": asked}
+    schedule = Schedule(make_config(Path(), Path("run"), **flags), 5)
+    assert [schedule.at(step).freeze_backbone for step in range(20)] == [True] * frozen + [False] * (
+        20 - frozen
+    )
+    said = f"--head-warmup-steps {asked}: shortened to 2, a tenth of the run, which has 20 updates"
+    assert schedule.notes == [said] * (frozen == 2)
 
 
 @pytest.mark.parametrize("step", [-1, 12])

@@ -24,7 +24,17 @@ from fastdino.data.loader import (
     steps_per_epoch,
 )
 from fastdino.data.machine import choose_workers, cores, init_worker
-from fastdino.data.sources import Source, describe_contents, epoch_order, list_folder, read_list
+from fastdino.data.sources import (
+    TAKEN,
+    Patterns,
+    Source,
+    by_product,
+    epoch_order,
+    list_folder,
+    most_common,
+    read_list,
+)
+from fastdino.files import printable_name
 
 __all__ = [
     "Batch",
@@ -47,40 +57,69 @@ __all__ = [
 _GIVE = "give a folder of images or a text file with one path a line, or tar shards ('DIR/{000..127}.tar')"
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, *, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> Source:
     """The images of a folder, of a text file, or of tar shards.
 
-    Folder: every file below it with an image's extension, sorted by path; hidden files and folders are
-    skipped, links to folders are followed, once around. If every image lies in one of two or more sub-folders
-    of the folder itself, the sub-folder is its class. Text file: a path a line, relative to the text file's
-    folder, and optionally a tab and a class; blank lines and lines that begin with # are skipped. Listed
-    files are not looked at before they are loaded. Shards: a file NAME.tar, several as DIR/{000..127}.tar,
-    DIR/{a,b}.tar or DIR/*.tar, or a folder that holds tars itself and no images at any depth; see
-    `shards.Shards`.
+    Folder: every file below it with an image's extension, sorted by path; links to folders are followed, once
+    around. What is hidden, is a `sources.by_product` or lies in a folder that cannot be read is left out. If
+    every image lies in one of two or more sub-folders of the folder itself, the sub-folder is its class. Text
+    file: a path a line, relative to the text file's folder, and optionally a tab and a class; blank lines and
+    lines that begin with # are skipped. Listed files are not looked at before they are loaded. Shards: a file
+    NAME.tar, several as DIR/{000..127}.tar, DIR/{a,b}.tar or DIR/*.tar, or a folder that holds tars itself
+    and no images at any depth; see `shards.Shards`.
 
-    Raises FileNotFoundError if there is no such path and ValueError if it holds no images, saying what it
-    holds.
+    Args:
+        include: patterns, of which one fits the path of each image taken, see `sources.Patterns`; none: all.
+        exclude: patterns, none of which fits an image taken.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: it holds no images, saying what it holds.
+        OSError: it cannot be read.
     """
     if not path:
         raise ValueError(f"no images given: {_GIVE}")
+    patterns = Patterns(tuple(include), tuple(exclude))
+    source = _open(path, patterns)
+    found = source.left_out
+    if not len(source):
+        where = " or tar shards at its top" if ".tar" in found.files else ""
+        raise ValueError(
+            f"{path}: {found.note(0) or 'no files in it'}; give a folder that holds images "
+            f"({' '.join(TAKEN)}), at any depth{where}"
+        )
+    shown = printable_name(path)
+    if note := found.note(len(source)):
+        source.notes.insert(0, f"{shown}: {note}")
+    source.notes += [
+        f"--exclude {printable_name(pattern)} fits no image of {shown}: a pattern is for the path below it, "
+        "as 'masks/*' or '*_mask.png'"
+        for pattern in exclude
+        if f"by --exclude {pattern}" not in found.files
+    ]
+    return source
+
+
+def _open(path: str, patterns: Patterns) -> Source:
+    """The images of `path`, if there are any."""
     if os.path.isdir(path):
-        source, others = list_folder(path)
-        if len(source):
+        source = list_folder(path, patterns)
+        tars = sorted(name for name in os.listdir(path) if shards.is_tar(name) and not by_product(name))
+        if len(source) or not tars:
             return source
-        if tars := sorted(
-            name for name in os.listdir(path) if shards.is_tar(name) and not name.startswith(".")
-        ):
-            return shards.open_shards(path, [os.path.join(path, name) for name in tars])
-        raise ValueError(f"{path}: {describe_contents(others)}")
+        return shards.open_shards(path, [os.path.join(path, name) for name in tars], patterns)
     if not os.path.exists(path) and (named := shards.expand(path)) != [path]:
-        return shards.open_shards(path, named)
+        return shards.open_shards(path, named, patterns)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such folder or file; {_GIVE}")
     if os.path.isfile(path) and shards.is_tar(path):
-        return shards.open_shards(path, [path])
-    source = read_list(path)
+        return shards.open_shards(path, [path], patterns)
+    source = read_list(path, patterns)
     if not len(source):
-        raise ValueError(f"{path}: no paths in it; write one path of an image a line")
+        held = ", ".join(most_common(source.left_out.files))
+        raise ValueError(
+            f"{path}: no paths in it{held and f', but {held}'}; write one path of an image a line"
+        )
     return source
 
 

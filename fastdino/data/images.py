@@ -9,9 +9,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastdino.files import printable
+from fastdino.files import printable_name
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Files that need another library, and its name.
+OPTIONAL = {".heic": "pillow-heif", ".heif": "pillow-heif"}
 # The formats that a file may have whatever its extension. Pillow opens more, but some of them start other
 # programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -32,7 +34,7 @@ class Unreadable(Exception):
 
     def __init__(self, path: str, reason: str = "") -> None:
         super().__init__(path, reason)
-        self.path = printable(path)
+        self.path = printable_name(path)
         self.reason = reason
 
     def __str__(self) -> str:

@@ -206,9 +206,8 @@ def load_or_next(
             last = error
             if used == index:
                 failed.append((error.path, error.reason))
-    raise Unreadable(
-        last.path, f"{last.reason}; so were the {tries - 1} files before it: are the paths right?"
-    )
+    others = f"; so were the {tries - 1} files before it" if tries > 1 else ""
+    raise Unreadable(last.path, f"{last.reason}{others}: are the paths right?")
 
 
 def identity_collate(loaded: Any) -> Any:

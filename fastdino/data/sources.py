@@ -1,12 +1,15 @@
 """Where images come from: what all sources have in common, and files in a folder or named by a list."""
 
 import codecs
-import collections
 import hashlib
 import io
 import os
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import BinaryIO
 
 import numpy as np
@@ -14,28 +17,116 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdino.data.images import EXTENSIONS, Unreadable, load, opened, reason_of
+from fastdino.data.images import EXTENSIONS, OPTIONAL, Unreadable, load, opened, reason_of
+from fastdino.files import printable_name
+
+# Extensions of the files that are taken: those of formats that need a library only where that is installed.
+TAKEN = tuple(
+    extension
+    for extension in EXTENSIONS
+    if extension not in OPTIONAL or find_spec(OPTIONAL[extension].replace("-", "_"))
+)
+# What file managers, network disks and archivers leave beside images, where no dot hides it.
+BY_PRODUCTS = {
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "@eaDir",
+    "System Volume Information",
+    "Thumbs.db",
+    "__MACOSX",
+    "desktop.ini",
+}
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which images to take: those that one of `include` fits, if there is any, and none of `exclude`.
+
+    A pattern is one of fnmatch for the path below what was opened, where * stands for slashes too.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def why_not(self, name: str) -> str:
+        """Why the image of this path is not taken; empty if it is."""
+        for pattern in self.exclude:
+            if fnmatchcase(name, pattern):
+                return f"by --exclude {pattern}"
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return "by no --include"
+        return ""
+
+
+ALL = Patterns()
+
+
+@dataclass
+class LeftOut:
+    """What was not taken, by why: the number of files, and that of folders that nobody looked into."""
+
+    files: Counter[str] = field(default_factory=Counter)
+    folders: Counter[str] = field(default_factory=Counter)
+
+    def note(self, taken: int) -> str:
+        """A sentence for the user; empty if nothing was left out."""
+        n = self.files.total()
+        said = f"{taken + n} file{'s' * (taken + n != 1)}: {taken} taken"
+        if n:
+            said += f", {n} left out: {', '.join(most_common(self.files))}"
+        if self.folders:
+            said += f"; folders left out: {', '.join(most_common(self.folders))}"
+        return said if self.files or self.folders else ""
+
+
+def most_common(numbers: Counter[str]) -> list[str]:
+    """The eight most frequent with their numbers, what to do about them, and how many more there are."""
+    shown = sorted(numbers, key=lambda kind: (-numbers[kind], kind))[:8]
+    rest = numbers.total() - sum(numbers[kind] for kind in shown)
+    said = [f"{numbers[kind]} {printable_name(kind)}{_ADVICE.get(kind, '')}" for kind in shown]
+    return said + [f"{rest} others"] * (rest > 0)
+
+
+_ADVICE = {
+    extension: f" (install {name}: pip install 'fastdino[heic]')" for extension, name in OPTIONAL.items()
+}
+_ADVICE[".tar"] = " (shards: give --data 'DIR/*.tar')"
+
+
+def by_product(name: str) -> str:
+    """Why a file or folder of this name is none of the images; empty if it may be."""
+    if name.startswith("."):
+        return "._* (of a Mac)" if name.startswith("._") else name
+    return name if name in BY_PRODUCTS else ""
+
+
+def extension_of(name: str) -> str:
+    """What follows the last dot of a file's name, with it and in small letters; or "no extension"."""
+    _, dot, extension = name.rpartition(".")
+    return f".{extension.lower()}" if dot else "no extension"
 
 
 class Source:
     """A fixed list of images, with labels where there are some; what all of them have in common.
 
-    labels: int64 (n,), an index into `classes`; or None. root: what was opened. notes: sentences about what
-    of it is damaged and was left out. What is kept of the images is a few flat buffers, not Python objects,
-    so that forked workers share the pages. It can be pickled.
+    labels: int64 (n,), an index into `classes`; or None. root: what was opened. left_out: what of it is not
+    taken. notes: sentences about that, and about what of it is damaged. What is kept of the images is a few
+    flat buffers, not Python objects, so that forked workers share the pages. It can be pickled.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.classes: list[str] = []
         self.labels: np.ndarray | None = None
+        self.left_out = LeftOut()
         self.notes: list[str] = []
 
     def _label(self, codes: np.ndarray, kinds: Collection[str]) -> None:
         """Set labels and classes: codes (n,) say which of `kinds` an image is; a single one is no class."""
         if len(kinds) < 2:
             return
-        numbers = all(kind.isascii() and kind.isdigit() for kind in kinds)
+        numbers = all(kind.isascii() and kind.isdigit() and len(kind) < 100 for kind in kinds)
         self.classes = sorted(kinds, key=(lambda kind: (int(kind), kind)) if numbers else None)
         place = {kind: i for i, kind in enumerate(self.classes)}
         self.labels = np.array([place[kind] for kind in kinds], dtype=np.int64)[codes]
@@ -177,27 +268,23 @@ def shard_order(counts: np.ndarray, seed: int, epoch: int, buffer: int) -> Tenso
     return images[late.argsort(stable=True)]
 
 
-def list_folder(path: str) -> tuple[Files, collections.Counter[str]]:
-    """The images below a folder, and the number of the other files there by extension. See `open_source`."""
-    others: collections.Counter[str] = collections.Counter()
-    return Files(path, _labelled(_walk(os.fsencode(path), b"", (), others))), others
+def list_folder(path: str, patterns: Patterns = ALL) -> Files:
+    """The images below a folder. See `open_source`; raises OSError if the folder itself cannot be read."""
+    left_out = LeftOut()
+    source = Files(path, _labelled(_walk(os.fsencode(path), patterns, left_out)))
+    source.left_out = left_out
+    return source
 
 
-def read_list(path: str) -> Files:
+def read_list(path: str, patterns: Patterns = ALL) -> Files:
     """The images that a text file names. See `open_source`.
 
     Raises ValueError if it is no text file, or some lines have a class and some have none.
     """
-    return Files(os.path.dirname(path), _list(path))
-
-
-def describe_contents(others: collections.Counter[str]) -> str:
-    """Say what a folder without images holds, and what to do; others: number of files by extension."""
-    n = others.total()
-    common = sorted(others, key=lambda extension: (-others[extension], extension))[:8]
-    held = f"{n} file{'s' * (n != 1)}, none an image: {' '.join(common)}" if n else "no files in it"
-    shards = " or tar shards at its top" if ".tar" in others else ""
-    return f"{held}; give a folder that holds images ({' '.join(EXTENSIONS)}), at any depth{shards}"
+    left_out = LeftOut()
+    source = Files(os.path.dirname(path), _list(path, patterns, left_out))
+    source.left_out = left_out
+    return source
 
 
 def _labelled(names: Iterable[bytes]) -> Iterator[tuple[bytes, str | None]]:
@@ -206,64 +293,77 @@ def _labelled(names: Iterable[bytes]) -> Iterator[tuple[bytes, str | None]]:
         yield name, os.fsdecode(top) if slash else None
 
 
-def _walk(
-    root: bytes, folder: bytes, above: tuple[tuple[int, int], ...], others: collections.Counter[str]
-) -> Iterator[bytes]:
-    """Paths of the images below root/folder, relative to root, with slashes, in the order of their bytes.
+def _walk(root: bytes, patterns: Patterns, left_out: LeftOut) -> Iterator[bytes]:
+    """Paths of the images below root, relative to it, with slashes, in the order of their bytes."""
+    # The folders on the way, that may be more than calls can be nested: path, identity, and what is to come.
+    way: list[tuple[bytes, tuple[int, int], Iterator[bytes]]] = []
 
-    above: folders on the way. others: counts the extensions of the other files.
-    """
-    place = os.path.join(root, folder.rstrip(b"/"))
-    status = os.stat(place)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link back to a folder on the way
-        return
-    for name in _entries(place, others):
+    def enter(folder: bytes) -> None:
+        place = os.path.join(root, folder[:-1]) if folder else root
+        status = os.stat(place)
+        here = (status.st_dev, status.st_ino)
+        if all(here != other for _, other, _ in way):  # else a link back to a folder on the way
+            way.append((folder, here, iter(_entries(place, left_out))))
+
+    try:
+        enter(b"")
+    except OSError as error:
+        raise OSError(f"{os.fsdecode(root)} cannot be read: {reason_of(error)}") from None
+    while way:
+        folder, _, names = way[-1]
+        if (name := next(names, None)) is None:
+            way.pop()
+            continue
+        path = os.fsdecode(folder + name)
         if name.endswith(b"/"):
-            yield from _walk(root, folder + name, (*above, here), others)
+            try:
+                enter(folder + name)
+            except OSError as error:
+                left_out.folders[f"{path[:-1]} ({reason_of(error)})"] += 1
+        elif why := patterns.why_not(path):
+            left_out.files[why] += 1
         else:
             yield folder + name
 
 
-_IMAGES = {extension.encode() for extension in EXTENSIONS}
-
-
-def _entries(place: bytes, others: collections.Counter[str]) -> list[bytes]:
+def _entries(place: bytes, left_out: LeftOut) -> list[bytes]:
     """Names of a folder's images, and of its folders with a slash after them, sorted.
 
-    So each folder's paths come in the order of their bytes. others: counts the extensions of the other files.
+    So each folder's paths come in the order of their bytes.
     """
-    try:
-        entries = os.scandir(place)
-    except PermissionError:
-        raise PermissionError(f"{os.fsdecode(place)}: no permission to read this folder; grant it") from None
-    names = []
-    for entry in entries:
-        if entry.name.startswith(b"."):
-            continue
+    names, files, folders = [], Counter[str](), Counter[str]()
+    for entry in os.scandir(place):
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # a link to itself
             is_folder, is_file = False, False
-        if is_folder:
+        name = os.fsdecode(entry.name)
+        if found := by_product(name):
+            (folders if is_folder else files)[found] += 1
+        elif is_folder:
             names.append(entry.name + b"/")
-        elif is_file or entry.is_symlink():  # broken links are named when loaded; pipes would make it wait
-            _, dot, extension = entry.name.rpartition(b".")
-            if dot and b"." + extension.lower() in _IMAGES:
-                names.append(entry.name)
-            else:
-                others[os.fsdecode(dot + extension).lower() if dot else "no extension"] += 1
+        elif (extension := extension_of(name)) not in TAKEN:
+            files[extension] += 1
+        # broken links are named when loaded
+        elif is_file or (entry.is_symlink() and not os.path.exists(entry.path)):
+            names.append(entry.name)
+        else:
+            files["pipes, sockets or devices"] += 1
+    left_out.files += files  # once all of it could be read
+    left_out.folders += folders
     return sorted(names)
 
 
 _LINE = 1 << 16  # bytes; a longer line is no path
 
 
-def _list(path: str) -> Iterator[tuple[bytes, str | None]]:
+def _list(path: str, patterns: Patterns, left_out: LeftOut) -> Iterator[tuple[bytes, str | None]]:
     """Path and class of each line of a text file."""
     labelled: bool | None = None
     for number, line in enumerate(_lines(path), 1):
         line = line.strip()
+        if line.startswith(b"#"):
+            left_out.files["in lines that begin with #"] += 1
         if not line or line.startswith(b"#"):
             continue
         name, _, label = (part.strip() for part in line.partition(b"\t"))
@@ -274,7 +374,10 @@ def _list(path: str) -> Iterator[tuple[bytes, str | None]]:
                 f"{path}, line {number}: some lines have a class and some have none; "
                 "write a tab and the class on all lines or on none"
             )
-        yield name, label.decode("utf-8", "replace") if label else None
+        if why := patterns.why_not(os.fsdecode(name)):
+            left_out.files[why] += 1
+        else:
+            yield name, label.decode("utf-8", "replace") if label else None
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -282,10 +385,12 @@ def _lines(path: str) -> Iterator[bytes]:
     text = os.path.isfile(path)
     if text:
         with open(path, "rb") as file:
-            start = file.read(_LINE)
-            text = b"\0" not in start
-            file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
-            while text and (line := file.readline(_LINE)):
+            start = file.read(len(codecs.BOM_UTF8))
+            file.seek(len(start) if start == codecs.BOM_UTF8 else 0)
+            wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes
+            lines = io.TextIOWrapper(file, "utf-16", "replace", newline="") if wide else file
+            while text and (line := lines.readline(_LINE)):
+                line = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
                 text = b"\0" not in line and len(line) < _LINE
                 if text:
                     yield from line.splitlines()  # a line may end as on old Macs

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tarfile
@@ -22,12 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdino import cli, files
-from fastdino.data import cores, open_source, shards
+from fastdino.data import cores, open_source, shards, tars
 from fastdino.data.images import EXTENSIONS, Unreadable, decode_image, opened
 from fastdino.data.machine import map_in_processes, raise_if_stopped
 from fastdino.data.samples import Samples
-from fastdino.data.sources import Source
-from fastdino.files import printable
+from fastdino.data.sources import Source, by_product
+from fastdino.files import printable_name
 
 MARKER = "pack.json"  # says what a folder of shards was packed from
 LEFT_OUT = "left_out.txt"  # the files that could not be read
@@ -50,11 +51,26 @@ def _say_list(title: str, lines: list[str]) -> None:
         cli.say("\n  ".join([title, *lines[:SHOWN], *more]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """The flags that say which images."""
+
+    data: Data
+    """The images: a folder, a text file of paths, or shards, as for fastdino-train."""
+    include: tuple[str, ...] = ()
+    """Patterns of paths below DATA, as 'photos/*': only images that fit one of them are taken."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths below DATA to leave out, as 'masks/*' '*_depth.png'."""
+
+    def _open(self) -> Source:
+        return open_source(self.data, include=self.include, exclude=self.exclude)
+
+
 # --- pack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
+class Pack(_Chosen):
     """Write images into tar shards as WebDataset has them, for fast reading from network or spinning disks.
 
     The files are copied as they are. OUT gets 000000.tar, 000001.tar, ..., an index beside each, the names
@@ -62,8 +78,6 @@ class Pack:
     stopped goes on where it was when the same command is given again.
     """
 
-    data: Data
-    """The images: a folder, a text file of paths, or shards, as for fastdino-train."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """New or empty folder for the shards."""
     images_per_shard: int = 10_000
@@ -82,7 +96,7 @@ class Pack:
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: give 0 or more")
         workers, out = _processes(self.workers), Path(self.out)
-        source = open_source(self.data)
+        source = self._open()
         cli.say(*source.notes)
         paths = [out / f"{number:06d}.tar" for number in range(-(-len(source) // self.images_per_shard))]
         claim = functools.partial(files.claim, out, MARKER, self._settings(source), "a pack", "the shards")
@@ -129,7 +143,7 @@ class Pack:
         n, out = len(source), Path(self.out)
         names = "".join(f"{name}\n" for name in source.classes).encode("utf-8", "surrogateescape")
         files.write_atomically(out / shards.CLASSES, lambda tmp: tmp.write_bytes(names))
-        there = {path: shards.load_index(str(path)) for path in paths}
+        there = {path: tars.load_index(str(path)) for path in paths}
         images = sum(len(found[0].records) for found in there.values() if found)
         left_out = [one for found in there.values() if found for one in found[1]]
         order = source.order(self.seed, 0).numpy() if self.shuffle else np.arange(n)
@@ -161,8 +175,9 @@ class Pack:
 
 def _delete_half_written(out: Path) -> None:
     """Delete what processes that were killed have left."""
-    for tmp in out.glob(".*.tar.*.tmp"):
-        tmp.unlink()
+    for tmp in out.glob(".*.tmp"):
+        if re.match(rf"\.(\d+\.tar(\.index\.npz)?|{shards.CLASSES}|{LEFT_OUT}|{MARKER})\.", tmp.name):
+            tmp.unlink()
 
 
 def _pack_shard(source: Source, packed: Any, shard: tuple[Path, np.ndarray]) -> tuple[int, Failed]:
@@ -177,7 +192,7 @@ def _pack_shard(source: Source, packed: Any, shard: tuple[Path, np.ndarray]) -> 
                 raise_if_stopped()
                 try:
                     content = source.read(i)
-                    if len(content) >= shards.LARGEST:
+                    if len(content) >= tars.LARGEST:
                         raise Unreadable(source.path(i), "larger than 4 GiB")
                 except Unreadable as error:
                     left_out.append((error.path, error.reason))
@@ -188,26 +203,27 @@ def _pack_shard(source: Source, packed: Any, shard: tuple[Path, np.ndarray]) -> 
                     _add(tar, key + extension, content)
                 with packed.get_lock():
                     packed.value += 1
-        found = shards.scan(str(tmp))
+        found = tars.scan(str(tmp))
         if found.note or len(found.records) != len(chosen) - len(left_out):
             raise RuntimeError(f"{tmp} was not written as it should: {found.note or len(found.records)}")
-        shards.save_index(path, tmp.stat().st_size, found, left_out)
+        tars.save_index(path, tmp.stat().st_size, found, left_out)
 
     try:
         files.write_atomically(path, write)
     except BaseException:
-        shards.index_path(path).unlink(missing_ok=True)
+        tars.index_path(path).unlink(missing_ok=True)
         raise
     return len(chosen) - len(left_out), left_out
 
 
 def _member(name: str, i: int) -> tuple[str, str]:
     """Key and extension of image i's member: the key is its own, shows `name`, and ends at the first dot."""
-    *folders, base = [part for part in name.split("/") if part not in ("", ".", "..")]
+    # a name in a tar may hold anything; of a path longer than Linux has the end is shown
+    *folders, base = [part for part in name[-4096:].replace("\0", "_").split("/") if part.strip(".")] or [""]
     stem, extension = os.path.splitext(base)
     if extension.lower() not in EXTENSIONS:  # a list may name anything, and what it is shows when it is read
         stem, extension = base, ".jpg"
-    folders = [f"_{folder[1:]}" if folder.startswith(".") else folder for folder in folders]
+    folders = [f"_{folder[1:]}" if by_product(folder) else folder for folder in folders]
     return "/".join([*folders, f"{i:08d}-{stem.replace('.', '_')}"]), extension
 
 
@@ -226,11 +242,9 @@ CHECKED = np.dtype(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Check(_Chosen):
     """Decode every image, and say what there is: sizes, formats, classes, broken files and duplicates."""
 
-    data: Data
-    """The images: a folder, a text file of paths, or shards, as for fastdino-train."""
     json: str = ""
     """File to write all of it to, with the paths of all broken, small and duplicate images."""
     workers: int = -1
@@ -242,7 +256,7 @@ class Check:
             raise ValueError(
                 f"--json {self.json}: there is no folder {Path(self.json).parent}; make it first"
             )
-        workers, source = _processes(self.workers), open_source(self.data)
+        workers, source = _processes(self.workers), self._open()
         n = len(source)
         step = max(1, min(256, n // (4 * workers)))  # images a job
         jobs = (range(start, min(n, start + step)) for start in range(0, n, step))
@@ -274,7 +288,7 @@ def _check(source: Source, images: range) -> tuple[np.ndarray, Failed]:
                 row["format"], row["mode"] = image.format or "", image.mode
                 row["width"], row["height"] = image.size
         except Unreadable as error:
-            broken.append((error.path or printable(source.path(i)), error.reason))
+            broken.append((error.path or printable_name(source.path(i)), error.reason))
     return found, broken
 
 
@@ -292,14 +306,19 @@ def _report(source: Source, found: np.ndarray, broken: Failed) -> dict[str, Any]
         "width": _span(readable["width"]),
         "height": _span(readable["height"]),
         "broken": [{"path": path, "reason": reason} for path, reason in sorted(broken)],
-        "small": [printable(source.path(int(i))) for i in np.flatnonzero((small > 0) & (small < SMALL))],
-        "duplicates": [[printable(source.path(i)) for i in group] for group in _duplicates(found["hash"])],
+        "small": [printable_name(source.path(int(i))) for i in np.flatnonzero((small > 0) & (small < SMALL))],
+        "duplicates": [[printable_name(source.path(i)) for i in same] for same in _duplicates(found["hash"])],
+        "left_out": {"files": _names(source.left_out.files), "folders": _names(source.left_out.folders)},
         "notes": source.notes,
     }
     if source.labels is not None:
         counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
-        report["classes"] = dict(zip(map(printable, source.classes), counts, strict=True))
+        report["classes"] = dict(zip(map(printable_name, source.classes), counts, strict=True))
     return report
+
+
+def _names(numbers: Counter[str]) -> dict[str, int]:
+    return {printable_name(kind): n for kind, n in numbers.most_common()}
 
 
 def _count(values: np.ndarray) -> dict[str, int]:
@@ -326,6 +345,7 @@ def _show(data: str, report: dict[str, Any]) -> None:
     rows = {
         "images": f"{report['images']:,}",
         "broken": f"{len(report['broken']):,}",
+        "left out": f"{sum(report['left_out']['files'].values()):,} files",
         "bytes": f"{report['bytes']:,} ({decimal(report['bytes'])})",
     }
     for name, key in (("formats", "formats"), ("colour modes", "modes")):

@@ -286,6 +286,11 @@ class FeatureEvaluation(Evaluation):
     """Images in a forward pass of a process."""
     workers: int = -1
     """Processes that read images; 0 reads in this one, -1 chooses by the machine's cores."""
+    include: tuple[str, ...] = ()
+    """Patterns as 'photos/*': of each folder, list or set of shards only images are taken whose path below it
+    fits one."""
+    exclude: tuple[str, ...] = ()
+    """Patterns as 'masks/*' '*_depth.png': images whose path fits one are left out."""
 
     def _check(self) -> None:
         if self.batch_size < 1:
@@ -295,6 +300,12 @@ class FeatureEvaluation(Evaluation):
         if not 0 <= self.image_size <= 4096:
             raise ValueError(f"--image-size {self.image_size}: give 1 to 4096 pixels")
         super()._check()
+
+    def _open(self, path: str) -> Source:
+        """The images of a path, after a sentence on what is left out of them."""
+        source = data.open_source(path, include=self.include, exclude=self.exclude)
+        cli.say(*source.notes)
+        return source
 
     def _load(self, device: torch.device) -> tuple[nn.Module, CropPolicy]:
         """The backbone, and how images are prepared for it; raises ValueError if it takes no RGB images."""

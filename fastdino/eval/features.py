@@ -13,7 +13,6 @@ from torch import Tensor
 from fastdino import distributed
 from fastdino.cli import progress, say
 from fastdino.config import CropPolicy
-from fastdino.data import open_source
 from fastdino.data.sources import Source
 from fastdino.eval.common import (
     FeatureEvaluation,
@@ -68,7 +67,7 @@ class FeaturesCommand(FeatureEvaluation):
         with distributed.process_group(self.device) as device:
             with distributed.raise_on_all_ranks():
                 self._check()
-                source = open_source(self.data)
+                source = self._open(self.data)
                 self._check_names(source)
                 network, policy = self._load(device)
                 if self.patches and not isinstance(network, VisionTransformer):

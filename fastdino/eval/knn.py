@@ -14,7 +14,6 @@ from torch import Tensor
 from fastdino import distributed
 from fastdino.cli import progress, say
 from fastdino.config import CropPolicy
-from fastdino.data import open_source
 from fastdino.data.sources import Source
 from fastdino.eval.common import (
     FeatureEvaluation,
@@ -104,6 +103,11 @@ def knn_correct(
     return correct
 
 
+def knn_roles(train: Source, val: Source | None) -> tuple[Source, Source | None]:
+    """Neighbours and what they classify, None for themselves: without labels of `train`, `val` by itself."""
+    return (val, None) if val is not None and train.labels is None else (train, val)
+
+
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -184,7 +188,7 @@ class KnnCommand(FeatureEvaluation):
         with distributed.process_group(self.device) as device:
             with distributed.raise_on_all_ranks():
                 self._check()
-                train, val = open_source(self.data), open_source(self.val) if self.val else None
+                train, val = self._open(self.data), self._open(self.val) if self.val else None
                 check_classes(train, val)
                 teacher, policy = self._load(device)
                 networks: dict[str, Network] = {**self._baselines(device), "teacher": teacher}

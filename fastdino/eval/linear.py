@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastdino import distributed
 from fastdino.cli import progress, say
 from fastdino.config import CropPolicy, DataConfig
-from fastdino.data import crops, epoch_order, identity_collate, open_source
+from fastdino.data import crops, epoch_order, identity_collate
 from fastdino.data.images import Unreadable
 from fastdino.data.sources import Source
 from fastdino.eval.common import (
@@ -336,7 +336,7 @@ class LinearCommand(FeatureEvaluation):
         with distributed.process_group(self.device) as device:
             with distributed.raise_on_all_ranks():
                 self._check()
-                train, val = open_source(self.data), open_source(self.val)
+                train, val = self._open(self.data), self._open(self.val)
                 check_classes(train, val, "linear evaluation")
                 network, policy = self._load(device)
                 blocks, avgpool = choose_layers(network, self.n_last_blocks, self.avgpool)

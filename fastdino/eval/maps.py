@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdino.cli import say
 from fastdino.config import CropPolicy
 from fastdino.data import crops, open_source
 from fastdino.data.images import EXTENSIONS, Unreadable, read_image
@@ -140,6 +141,7 @@ def open_images(paths: Iterable[str]) -> list[NamedImage]:
             images.append(NamedImage(Path(path).name, partial(_readable, partial(read_image, path))))
         else:
             source = open_source(path)
+            say(*source.notes)
             images += [
                 NamedImage(source.name(i), partial(_readable, partial(source.load, i)))
                 for i in range(len(source))

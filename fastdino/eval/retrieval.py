@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastdino import distributed
 from fastdino.cli import progress, say
-from fastdino.data import open_source
 from fastdino.data.sources import Source
 from fastdino.eval.common import (
     FeatureEvaluation,
@@ -149,8 +148,8 @@ class RetrievalCommand(FeatureEvaluation):
         with distributed.process_group(self.device) as device:
             with distributed.raise_on_all_ranks():
                 self._check()
-                query = open_source(self.query)
-                gallery = open_source(self.gallery) if self.gallery else None
+                query = self._open(self.query)
+                gallery = self._open(self.gallery) if self.gallery else None
                 sources: list[Source] = [query, *([gallery] if gallery else [])]
                 for source in sources:
                     check_labels(source, "retrieval")

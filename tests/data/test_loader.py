@@ -21,6 +21,7 @@ from fastdino import data
 from fastdino.config import CropPolicy
 from fastdino.data import Batch, Unreadable, crop_size_warning, make_loader, open_source, steps_per_epoch
 from fastdino.data.crops import draw, enough_pixels, render, to_tensor
+from fastdino.data.loader import load_or_next
 
 POLICY = CropPolicy(global_crops_size=16, local_crops_size=8, local_crops_number=3)
 N = 23
@@ -286,6 +287,12 @@ def test_a_source_of_broken_files_ends_with_one_named(tmp_path, workers):
         load(tmp_path / "list.txt", workers=workers)
     assert "Traceback" not in str(caught.value)
     assert len(multiprocessing.active_children()) == before  # though `caught` still holds the loader's frames
+
+
+def test_of_a_single_broken_file_it_is_not_said_that_others_are(tmp_path):
+    (tmp_path / "x.png").touch()
+    with pytest.raises(Unreadable, match=r"x\.png: empty file: are the paths right\?$"):
+        load_or_next(open_source(str(tmp_path)), 0, [], open_source(str(tmp_path)).load)
 
 
 def test_fewer_broken_files_than_a_hundred_also_end(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -20,9 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data import Unreadable, open_source, shards
-from fastdino.data.shards import Shards, expand, index_path, load_index, save_index, scan
+from fastdino.data import Unreadable, open_source, shards, tars
+from fastdino.data.shards import Shards, expand
 from fastdino.data.sources import Source, epoch_order
+from fastdino.data.tars import RECORD, index_path, load_index, save_index, scan
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -98,7 +100,10 @@ def test_images_are_found_in_their_order_and_the_rest_is_ignored(tmp_path):
         np.testing.assert_array_equal(np.asarray(source.load(i)), np.asarray(image))
         assert source.size(i) == image.size
     assert source.labels is None
-    assert (source.classes, source.notes, source.root) == ([], [], str(path))
+    note = (
+        f"{path}: 10 files: 4 taken, 6 left out: 2 no extension, 1 ._* (of a Mac), 1 .hidden, 1 .json, 1 .txt"
+    )
+    assert (source.classes, source.notes, source.root) == ([], [note], str(path))
     for i in (-1, 4):
         for use in (source.name, source.path, source.read, source.load, source.size):
             with pytest.raises(IndexError):
@@ -196,8 +201,8 @@ def test_links_are_noted(tmp_path):
     source = open_source(str(tmp_path / "x.tar"))
     assert names(source) == ["a.png"]
     assert source.notes == [
-        f"{tmp_path}/x.tar: 2 images are links, sparse or larger than 4 GiB, and are left out; store plain "
-        "files (tar --dereference --hard-dereference)"
+        f"{tmp_path}/x.tar: 3 files: 1 taken, 2 left out: 2 links, sparse, devices or larger than 4 GiB "
+        "(store plain files: tar --dereference --hard-dereference)"
     ]
 
 
@@ -221,7 +226,20 @@ def test_braces_are_expanded_as_a_shell_does(pattern, expected):
     assert expand(pattern) == expected
 
 
-@pytest.mark.parametrize("pattern", ["{0..2", "{a}", "{2..1}", "{a..c}", "{}", "{-1..2}"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..2",
+        "{a}",
+        "{2..1}",
+        "{a..c}",
+        "{}",
+        "{-1..2}",
+        "{0..9999999999}",
+        "{0..9999}{0..9999}",
+        "{a," * 3000 + "}" * 3000,
+    ],
+)
 def test_braces_that_make_no_sense_are_refused(pattern):
     with pytest.raises(ValueError, match=r"; write \{000\.\.127\} or \{a,b\}"):
         open_source(pattern)
@@ -288,7 +306,9 @@ def test_what_is_no_tar_or_holds_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").unlink()
     (tmp_path / "deep").mkdir()
     path.rename(tmp_path / "deep" / "x.tar")
-    with pytest.raises(ValueError, match=r"1 file, none an image: \.tar; give .* or tar shards at its top"):
+    with pytest.raises(
+        ValueError, match=r"1 file: 0 taken, 1 left out: 1 \.tar .*; give .* or tar shards at its top"
+    ):
         open_source(str(tmp_path))
 
 
@@ -360,6 +380,94 @@ def test_whatever_a_header_says_what_is_found_is_read_or_unreadable(tmp_path):
                     with contextlib.suppress(Unreadable):
                         found += source.read(i) in [png(k) for k in range(4)]
     assert found > 300
+
+
+def header(
+    name: str,
+    kind: bytes = b"0",
+    size: int = 0,
+    content: bytes = b"",
+    link: str = "",
+    pax: dict[str, str] | None = None,
+) -> bytes:
+    """A member, whatever makes sense."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, max(size, 0), link
+    member.pax_headers = pax or {}
+    block = bytearray(member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT, "utf-8"))
+    if size < 0:
+        block[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block[:512])
+    return bytes(block) + content + bytes(-len(content) % 512)
+
+
+FIRST = header("a.png", size=len(png(0)), content=png(0))
+HOSTILE = {
+    "link": header("b.png", tarfile.SYMTYPE, link="/etc/passwd"),
+    "hard link": header("b.png", tarfile.LNKTYPE, link="../../etc/passwd"),
+    "device": header("b.png", tarfile.CHRTYPE),
+    "pipe": header("b.png", tarfile.FIFOTYPE),
+    "parent": header("../../b.png", size=3, content=b"abc"),
+    "negative": header("b.png", size=-1024),
+    "2**62": header("b.png", size=1 << 62),
+    "2**80": header("b.png", size=1 << 80),
+    "2**62, no image": header("b.bin", size=1 << 62),
+    "names of names": header("b", tarfile.GNUTYPE_LONGNAME, 1) * 3000,
+    "a name of 8 GiB": header("b", tarfile.GNUTYPE_LONGNAME, (1 << 33) - 1),
+    "8 GiB of pax": header("b", tarfile.XHDTYPE, (1 << 33) - 1),
+    "pax of pax": header("b", tarfile.XHDTYPE, 512, b"8 a=bcd\n" * 64) * 2500,
+    "pax size": header("b.png", size=512, content=bytes(512), pax={"size": "1"}),
+    "sparse": header("b.png", tarfile.GNUTYPE_SPARSE, 3, b"abc"),
+    "sparse map": header(
+        "b.png", size=512, content=b"99999999\n", pax={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    ),
+    "sparse text": header("b.png", size=3, content=b"abc", pax={"GNU.sparse.map": "a,b"}),
+    "global": header("b", tarfile.XGLTYPE, 512, b"17 path=evil.png\n" + bytes(495)),
+    "number": header("b.png", size=3, content=b"abc", pax={"mtime": "x" * 9999}),
+}
+
+
+@pytest.mark.parametrize("member", HOSTILE.values(), ids=HOSTILE)
+def test_of_a_hostile_tar_nothing_but_its_images_is_read(tmp_path, member):
+    path = tmp_path / "x.tar"
+    path.write_bytes(FIRST + member + bytes(1024))
+    os.truncate(path, 9 << 30)  # sparse: there is as much as any header claims
+    tracemalloc.start()
+    try:
+        source = open_source(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    assert source.read(0) == png(0)
+    assert len(source.notes) <= 2
+    for i in range(len(source)):
+        assert "passwd" not in source.path(i)
+        with contextlib.suppress(Unreadable):
+            assert b"root:" not in source.read(i)
+
+
+def test_names_in_a_tar_are_printed_in_one_line(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [("a\n\x1b[31m.png", b"x"), ("b.x\x1b\ny", b"x")],
+        tarfile.PAX_FORMAT,
+    )
+    source = open_source(str(path))
+    assert source.notes[0].endswith("1 left out: 1 .x\\x1b\\ny")
+    with pytest.raises(Unreadable) as caught:
+        source.load(0)
+    assert "a\\n\\x1b[31m.png: not a" in str(caught.value)
+
+
+def test_patterns_are_for_the_names_in_shards(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a/1.png", png(0)), ("a/1_mask.png", png(1)), ("b/2.png", png(2))])
+    write_index(path)
+    source = open_source(str(tmp_path), exclude=("*_mask.png",))
+    assert names(source) == ["a/1.png", "b/2.png"]
+    assert source.notes == [f"{tmp_path}: 3 files: 2 taken, 1 left out: 1 by --exclude *_mask.png"]
+    with pytest.raises(ValueError, match=r"no images in 1 tar file, but 3 by no --include; give shards"):
+        open_source(str(tmp_path), include=("c/*",))
 
 
 def replaced(path: Path) -> None:
@@ -462,9 +570,9 @@ def test_processes_help_to_index_if_it_takes_long(tmp_path, monkeypatch):
     alone = write_shards(tmp_path, [2, 0, 3, 1, 5])
     here = os.getpid()
 
-    def elsewhere(path: str) -> Any:
+    def elsewhere(path: str, patterns: Any) -> Any:
         assert os.getpid() != here
-        return scan(path)
+        return scan(path, patterns)
 
     monkeypatch.setattr(shards, "ALONE", -1.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
@@ -509,7 +617,7 @@ def test_the_index_beside_a_shard_is_used(tmp_path, monkeypatch):
     source = write_shards(tmp_path, [3, 2])
     for path in tmp_path.glob("*.tar"):
         write_index(path)
-    monkeypatch.setattr(shards, "scan", None)
+    monkeypatch.setattr(tars, "scan", None)
     fast = open_source(str(tmp_path))
     assert fast.fingerprint() == source.fingerprint()
     assert fast.labels.tolist() == source.labels.tolist()
@@ -550,6 +658,133 @@ def test_an_index_that_does_not_fit_is_not_used(tmp_path, change: Callable[[Path
     assert load_index(str(path)) is None
     source = open_source(str(path))
     assert sorted(source.read(i) for i in range(4)) == sorted(png(k) for k in range(4))
+
+
+class Payload:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = str(proof)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.proof,)
+
+
+def lie(path: Path, text: dict[str, Any] | None = None, **arrays: Any) -> None:
+    """Put other values into the index of a shard."""
+    with np.load(index_path(path)) as file:
+        held = dict(file)
+    if text is not None:
+        changed = json.loads(held["about"].tobytes()) | text
+        held["about"] = np.frombuffer(json.dumps(changed).encode(), np.uint8)
+    np.savez(index_path(path), **(held | arrays))
+
+
+def told(path: Path, name: str, place: int, value: int) -> None:
+    """Put another number into a record of the index."""
+    with np.load(index_path(path)) as file:
+        records = file["records"].copy()
+    records[name][place] = value
+    lie(path, records=records)
+
+
+def pipe(path: Path) -> None:
+    index_path(path).unlink()
+    os.mkfifo(index_path(path))
+
+
+def inflating(path: Path) -> None:
+    """200 kB that become 200 MB."""
+    with np.load(index_path(path)) as file:
+        np.savez_compressed(index_path(path), **(dict(file) | {"more": np.zeros(200 << 20, np.uint8)}))
+
+
+LIES: dict[str, Callable[[Path], object]] = {
+    "pickle": lambda path: index_path(path).write_bytes(pickle.dumps(Payload(path.parent / "proof"))),
+    "pickle in an array": lambda path: lie(path, records=np.array([Payload(path.parent / "proof")], object)),
+    "pipe": pipe,
+    "inflating": inflating,
+    "an array alone": lambda path: np.save(index_path(path).open("wb"), np.zeros(3)),
+    "a claim of 2**60 records": lambda path: index_path(path).write_bytes(
+        index_path(path).read_bytes().replace(b"(4,)", b"(2**60,)")
+    ),
+    **{
+        f"about {about}": functools.partial(lie, text=about)
+        for about in (
+            {"version": 0},
+            {"bytes": "10240"},
+            {"kinds": []},
+            {"kinds": None},
+            {"kinds": {"0": "0", "1": "1", "2": "2", "3": "3"}},
+            {"kinds": ["0", "1", 2]},
+            {"kinds": "012"},
+            {"folder_kinds": 5},
+            {"left_out": 3},
+            {"left_out": [["a"]]},
+        )
+    },
+    **{
+        f"arrays {k}": functools.partial(lie, **arrays)
+        for k, arrays in enumerate(
+            (
+                {"records": np.zeros(4)},
+                {"records": np.zeros((2, 2), RECORD)},
+                {"records": np.array(0)},
+                {"records": np.zeros(4, RECORD)},
+                {"labels": np.zeros(3, np.int32)},
+                {"labels": np.full(4, 3, np.int32)},
+                {"labels": np.full(4, -2, np.int32)},
+                {"labels": np.zeros(4)},
+                {"labels": np.zeros((4, 1), np.int32)},
+                {"folders": np.full(4, 0, np.int32)},
+                {"folders": np.zeros(5, np.int32)},
+                {"about": np.frombuffer(b"[1, 2]", np.uint8)},
+                {"about": np.frombuffer(b"[" * 100_000, np.uint8)},
+                {"about": np.zeros(4)},
+            )
+        )
+    },
+    "beyond the end": lambda path: told(path, "block", 3, 1 << 31),
+    "before the start": lambda path: told(path, "block", 0, 0),
+    "out of order": lambda path: told(path, "block", 1, 40),
+    "too large": lambda path: told(path, "size", 1, 0xFFFFFFFF),
+}
+
+
+@pytest.mark.parametrize("change", LIES.values(), ids=LIES)
+def test_an_index_that_lies_is_not_used_and_executes_nothing(tmp_path, change: Callable[[Path], object]):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [(f"{k}.{x}", png(k) if x == "png" else b"%d" % (k % 3)) for k in range(4) for x in ("cls", "png")],
+    )
+    write_index(path)
+    assert load_index(str(path))
+    change(path)
+    source = open_source(str(path))
+    assert [source.read(i) for i in range(4)] == [png(k) for k in range(4)]
+    assert source.labels.tolist() == [0, 1, 2, 0]
+    assert source.notes == [
+        f"{path}: 1 of 1 shards have an index beside them that does not fit: they were indexed anew"
+    ]
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_index_of_random_damage_gives_no_other_images(tmp_path, seed):
+    draw = random.Random(seed)
+    path = write_tar(tmp_path / "x.tar", [(f"{k}.png", png(k)) for k in range(4)])
+    write_index(path)
+    whole = index_path(path).read_bytes()
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 8)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        index_path(path).write_bytes(content)
+        source = open_source(str(path))
+        for i in range(len(source)):
+            assert source.path(i)
+            with contextlib.suppress(Unreadable):
+                assert source.read(i) in [png(k) for k in range(4)]
 
 
 def test_a_folder_that_cannot_be_written_to_is_left_as_it_is(tmp_path):

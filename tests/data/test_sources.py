@@ -1,5 +1,7 @@
 """Sources: which files of a folder or list are images, their labels, their order."""
 
+import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -224,6 +226,118 @@ def test_the_order_of_an_epoch_is_that_of_epoch_order_whatever_the_buffer(tmp_pa
     assert sorted(epoch_order(30, 3, 2).tolist()) == list(range(30))
 
 
+# --- what is left out
+
+
+def test_nothing_is_left_out_in_silence(tmp_path):
+    for name in ("a.jpg", "b/c.png", "b/@eaDir/c.png", "@eaDir/a.jpg", "__MACOSX/x.png", ".git/x.png"):
+        save(tmp_path / name)
+    for name in (
+        "1.heic",
+        "2.HEIC",
+        "c.mp4",
+        ".DS_Store",
+        "._a.jpg",
+        "b/._c.png",
+        "Thumbs.db",
+        "e\x1b[1m\n.x\ty",
+    ):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    source = open_source(str(tmp_path))
+    assert names(source) == ["a.jpg", "b/c.png"]
+    assert source.notes == [
+        f"{tmp_path}: 12 files: 2 taken, 10 left out: 2 ._* (of a Mac), 2 .heic (install pillow-heif: pip "
+        "install 'fastdino[heic]'), 2 pipes, sockets or devices, 1 .DS_Store, 1 .mp4, 1 .x\\ty, 1 Thumbs.db; "
+        "folders left out: 2 @eaDir, 1 .git, 1 __MACOSX"
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, code, call):
+    save(tmp_path / "a" / "a.png")
+    save(tmp_path / "lost+found" / "a.png")
+    save(tmp_path / "z" / "a.png")
+    works = getattr(os, call)
+
+    def fails(place, **options):
+        if os.fsencode(place).endswith(b"lost+found"):
+            raise OSError(code, os.strerror(code))
+        return works(place, **options)
+
+    monkeypatch.setattr(os, call, fails)
+    source = open_source(str(tmp_path))
+    assert names(source) == ["a/a.png", "z/a.png"]
+    assert source.classes == ["a", "z"]
+    reason = os.strerror(code).lower() if code != errno.ENOENT else "no such file"
+    assert source.notes == [f"{tmp_path}: 2 files: 2 taken; folders left out: 1 lost+found ({reason})"]
+
+
+def test_a_folder_that_fails_while_it_is_listed_counts_for_nothing(tmp_path, monkeypatch):
+    save(tmp_path / "bad" / "a.png")
+    (tmp_path / "bad" / "x.txt").touch()
+    save(tmp_path / "b.png")
+    scandir = os.scandir
+
+    def fails(place):
+        yield from scandir(place)
+        if place.endswith(b"bad"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", fails)
+    source = open_source(str(tmp_path))
+    assert source.notes == [f"{tmp_path}: 1 file: 1 taken; folders left out: 1 bad (input/output error)"]
+
+
+def test_folders_deeper_than_calls_can_be_nested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    depth = 1200
+    for _ in range(depth):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("a.png").touch()
+    try:
+        assert len(open_source(str(tmp_path))) == 1
+    finally:  # pytest cannot delete it
+        os.remove("a.png")
+        for _ in range(depth):
+            os.chdir("..")
+            os.rmdir("d")
+
+
+def test_patterns_say_which_images_are_taken(tmp_path):
+    for name in (
+        "cat/1.png",
+        "cat/1_mask.png",
+        "dog/2.png",
+        "dog/2_mask.png",
+        "masks/1.png",
+        "x/masks/1.png",
+    ):
+        save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("cat/1.png\ncat/1_mask.png\n# x\n")
+    exclude = ("*_mask.png", "*masks/*", "none*")
+    source = open_source(str(tmp_path), exclude=exclude)
+    assert (names(source), source.classes) == (["cat/1.png", "dog/2.png"], ["cat", "dog"])
+    assert source.notes == [
+        f"{tmp_path}: 7 files: 2 taken, 5 left out: 2 by --exclude *_mask.png, 2 by --exclude *masks/*, "
+        "1 .txt",
+        f"--exclude none* fits no image of {tmp_path}: a pattern is for the path below it, as 'masks/*' or "
+        "'*_mask.png'",
+    ]
+    source = open_source(str(tmp_path), include=("cat/*", "x/*"), exclude=("*_mask.png",))
+    assert names(source) == ["cat/1.png", "x/masks/1.png"]
+    listed = open_source(str(tmp_path / "list.txt"), exclude=exclude)
+    assert (names(listed), len(listed.notes)) == (["cat/1.png"], 3)
+    assert "1 by --exclude *_mask.png, 1 in lines that begin with #" in listed.notes[0]
+    with pytest.raises(ValueError, match=r"0 taken, 7 left out: 6 by no --include, 1 \.txt; give a folder"):
+        open_source(str(tmp_path), include=("*.jpg",))
+    with pytest.raises(ValueError, match=r"no paths in it, but 2 by --exclude \*, 1 in lines"):
+        open_source(str(tmp_path / "list.txt"), exclude=("*",))
+
+
 # --- lists
 
 
@@ -272,6 +386,52 @@ def test_a_list_may_end_its_lines_as_windows_and_old_macs(tmp_path):
     assert source.labels.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_a_list_may_be_as_windows_writes_it(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes("é/日.png\tx\r\nb.png\ty\r\n".encode(encoding))
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [source.name(i) for i in range(2)] == ["é/日.png", "b.png"]
+    assert source.classes == ["x", "y"]
+
+
+def test_a_list_executes_nothing(tmp_path):
+    proof = tmp_path / "proof"
+    lines = [f"pipe:touch {proof}", f"| touch {proof}", f"$(touch {proof}).png", "http://localhost/x.png"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "list.txt"))
+    for i in range(len(lines)):
+        with pytest.raises(Unreadable, match="no such file"):
+            source.load(i)
+    with pytest.raises(FileNotFoundError, match="no such folder or file"):
+        open_source(lines[0])
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_bytes_are_a_list_or_refused_in_a_sentence(tmp_path, seed):
+    draw, path = random.Random(seed), tmp_path / "list.txt"
+    parts = [
+        b"a.png",
+        b"\t",
+        b"\n",
+        b"\r\n",
+        b"#",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\0",
+        b"\xe9",
+        b"9" * 5000,
+        b" ",
+    ]
+    for _ in range(300):
+        path.write_bytes(
+            b"".join(draw.choices(parts, (20, 9, 20, 5, 2, 1, 1, 0.2, 5, 0.2, 5), k=draw.randint(0, 40)))
+        )
+        with contextlib.suppress(ValueError):
+            source = open_source(str(path))
+            assert all(source.path(i) for i in range(len(source)))
+
+
 def test_listed_files_are_not_looked_at_before_they_are_loaded(tmp_path):
     (tmp_path / "list.txt").write_text("missing.png\n")
     source = open_source(str(tmp_path / "list.txt"))
@@ -303,13 +463,17 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
         (tmp_path / f"{i}.NPY").touch()
     (tmp_path / "a.txt").touch()
     (tmp_path / "README").touch()
-    with pytest.raises(ValueError, match=r"37 files, none an image: \.npy \.txt no extension; give a folder"):
+    with pytest.raises(
+        ValueError, match=r"37 files: 0 taken, 37 left out: 35 \.npy, 1 \.txt, 1 no extension; give a folder"
+    ):
         open_source(str(tmp_path))
 
 
 def test_a_list_without_lines_says_so(tmp_path):
     (tmp_path / "list.txt").write_text("\n# nothing\n")
-    with pytest.raises(ValueError, match=r"list\.txt: no paths in it; write one path of an image a line"):
+    with pytest.raises(
+        ValueError, match=r"list\.txt: no paths in it, but 1 in lines .* #; write one path of an image a line"
+    ):
         open_source(str(tmp_path / "list.txt"))
 
 
@@ -350,8 +514,17 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", locked)
-    with pytest.raises(PermissionError, match="locked: no permission to read this folder"):
+    with pytest.raises(
+        ValueError, match=r"0 files: 0 taken; folders left out: 1 locked \(permission denied\)"
+    ):
         open_source(str(tmp_path))
+    with pytest.raises(OSError, match=r"locked cannot be read: permission denied"):
+        open_source(str(tmp_path / "locked"))
+    save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    assert names(source) == ["a.png"]
+    note = f"{tmp_path}: 1 file: 1 taken; folders left out: 1 locked (permission denied)"
+    assert source.notes == [note]
 
 
 # --- loading

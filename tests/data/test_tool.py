@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from fastdino import files
-from fastdino.data import open_source, shards, tool
+from fastdino.data import open_source, tool
 from fastdino.data.sources import Files, Source
+from fastdino.data.tars import load_index
 
 
 def encoded(seed: int, size: tuple[int, int] = (120, 100), mode: str = "RGB", form: str = "png") -> bytes:
@@ -89,7 +90,7 @@ def test_packing_keeps_every_byte_and_label_and_mixes_the_images(tmp_path, capsy
     assert sorted(held(packed)) == sorted(held(source))
     assert packed.classes == source.classes
     assert packed.notes == []
-    assert all(shards.load_index(str(tmp_path / "out" / name)) for name in tars)
+    assert all(load_index(str(tmp_path / "out" / name)) for name in tars)
     first = open_source(str(tmp_path / "out" / "000000.tar"))
     assert set(first.labels.tolist()) == {0, 1, 2}
     assert first.classes == source.classes
@@ -165,6 +166,56 @@ def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
         lines = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
         assert [line.rpartition("/")[2] for line in lines] == ["[b]x.png: no such file", "5.png: empty file"]
     assert (b"hello", "dog") in held(open_source(str(tmp_path / "out")))
+
+
+def test_what_a_pack_leaves_out_is_said(tmp_path, capsys):
+    fill(tmp_path / "in", some(6) | {"a.heic": b"", "ape/0_mask.png": encoded(0), ".git/x.png": b""})
+    assert run("pack", tmp_path / "in", tmp_path / "out", "--exclude", "*_mask.png") == 0
+    left_out = f"{tmp_path}/in: 8 files: 6 taken, 2 left out: 1 .heic (install pillow-heif: pip install "
+    assert capsys.readouterr().out.startswith(left_out)
+    assert len(open_source(str(tmp_path / "out"))) == 6
+    assert run("check", tmp_path / "in", "--json", tmp_path / "x.json", "--include", "*_mask.png") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 taken, 7 left out: 6 by no --include" in out
+    assert "left out │ 7 files" in out
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["left_out"] == {"files": {"by no --include": 6, ".heic": 1}, "folders": {".git": 1}}
+
+
+@pytest.mark.parametrize(
+    "name", ["@eaDir/x\0.png", "../../a\nb.png", "..a.png", "/x/./y.png", f"{'x/' * 9000}y.png"]
+)
+def test_any_name_in_a_tar_can_be_packed(tmp_path, monkeypatch, name):
+    source = Named(str(tmp_path), [(b"x.png", None)])
+    (tmp_path / "x.png").write_bytes(encoded(0))
+    source.called = name
+    monkeypatch.setattr(tool, "raise_if_stopped", lambda: None)
+    written = tool._pack_shard(source, multiprocessing.Value("q", 0), (tmp_path / "000000.tar", np.arange(1)))
+    assert written == (1, [])
+    assert held(open_source(str(tmp_path / "000000.tar"))) == [(encoded(0), None)]
+
+
+class Named(Files):
+    """One file, by the name that a tar may give it."""
+
+    called = ""
+
+    def name(self, i: int) -> str:
+        return self.called
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, "x.png")
+
+
+def test_what_killed_packs_left_is_deleted_and_nothing_else(tmp_path):
+    fill(tmp_path / "in", some(4))
+    command = ("pack", tmp_path / "in", tmp_path / "out")
+    assert run(*command) == 0
+    before = names(tmp_path / "out")
+    left = ["000001.tar", "000001.tar.index.npz", "classes.txt", "left_out.txt", "pack.json"]
+    fill(tmp_path / "out", {f".{name}.17.tmp": b"" for name in left} | {".mine.tmp": b""})
+    assert run(*command) == 0
+    assert names(tmp_path / "out") == sorted([*before, ".mine.tmp"])
 
 
 def child(work: Callable[[], object]) -> multiprocessing.Process:
@@ -382,6 +433,7 @@ def test_check_finds_what_there_is(mixed, workers, capsys):
         "height": {"min": 90, "median": 96, "max": 100},
         "small": [paths["ape/[i]3.jpg"], f"{mixed}/ape/caf\\udce9.png"],
         "duplicates": [twice, [paths["dog/1.png"], paths["dog/2.png"], paths["dog/4.png"]]],
+        "left_out": {"files": {}, "folders": {}},
         "notes": [],
     }
     assert [Path(one["path"]).name for one in broken] == ["cut.jpg", "empty.jpg", "text.jpg"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdino.config import CropPolicy
 from fastdino.data import open_source
 from fastdino.eval.common import extract, raw_pixels
-from fastdino.eval.knn import KS, TEMPERATURE, evaluate_knn, knn_accuracy, knn_correct
+from fastdino.eval.knn import KS, TEMPERATURE, evaluate_knn, knn_accuracy, knn_correct, knn_roles
 
 POLICY = CropPolicy(global_crops_size=14, local_crops_number=0)
 
@@ -245,6 +245,17 @@ def test_an_unknown_class_or_no_labels_are_refused_before_the_network_runs(folde
         evaluate_knn(never, train, flat, POLICY)
     with pytest.raises(ValueError, match=r"flat has no labels: k-NN needs a sub-folder per class"):
         evaluate_knn(never, flat, None, POLICY)
+
+
+def test_without_labels_of_the_training_images_the_others_are_classified_by_themselves(
+    folder: Path, tmp_path: Path
+):
+    save(tmp_path / "flat" / "x.png", (0, 0, 0))
+    labelled, flat = open_source(str(folder)), open_source(str(tmp_path / "flat"))
+    assert knn_roles(flat, labelled) == (labelled, None)
+    assert knn_roles(labelled, flat) == (labelled, flat)
+    assert knn_roles(flat, None) == (flat, None)
+    assert evaluate_knn(mean_colour, *knn_roles(flat, labelled), POLICY, ks=(1,)) == {1: 100.0}
 
 
 def test_unreadable_images_are_left_out(folder: Path):

@@ -34,7 +34,7 @@ def run(images: Path, out: Path, capsys: pytest.CaptureFixture[str], **flags: ob
             "log_every": 3,
             "save_every": 10_000,
             "warmup_epochs": 0.2,
-            "momentum_teacher": 0.99,
+            "momentum_teacher": 0.983,
             "use_bn_in_head": True,
             "global_crops_scale": (0.3, 1.0),
             "blur_radius": (0.1, 0.5),
@@ -56,6 +56,7 @@ SAID = (
     "fp16 overflowed",
     "the prototypes never learn",
     "follows the noise of its batches",
+    "near its untrained beginning",
 )
 
 
@@ -184,6 +185,25 @@ def test_diagnostics_at_their_ends():
     ).tolist()
     assert (entropy, used, logit) == pytest.approx((0, 1, 1e4))
     assert (spread, rank) == pytest.approx((0, 0), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "updates", "expected"),
+    [
+        (0.996, 250, None),
+        (0.99, 100, None),
+        (0.9995, 558, "the teacher averages over 2000 updates, but the run has 558, so it ends near its "
+         "untrained beginning: lower --momentum-teacher to 0.991"),
+        (1.0, 558, "the teacher never moves, but the run has 558"),
+        (0.996, 100, "averages over 250 updates, but the run has 100, .*: give more --epochs"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_averages_over_more_updates_than_there_are_is_named(
+    momentum: float, updates: int, expected: str | None, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tmp_path / "run", momentum_teacher=momentum, batch_size=64)
+    said = [s for s in Doctor(config).before(updates) if "untrained beginning" in s]
+    assert [bool(re.search(expected or "", sentence)) for sentence in said] == [True] * bool(expected)
 
 
 HEALTHY = {

@@ -430,6 +430,21 @@ def test_knn_that_cannot_be_made_does_not_end_the_run(
     assert "step 2: no k-NN: " in capsys.readouterr().out
 
 
+def test_unlabelled_training_has_knn_within_labelled_val(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, val = make_images(tmp_path / "data", 9), make_images(tmp_path / "val", 6, classes=2)
+    (data / "film.mp4").touch()
+    flags = {"val": str(val), "epochs": 1, "knn_every_epochs": 1}
+    assert "knn_20" in train.train(make_config(data, tmp_path / "run", **flags))
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{data}: 10 files: 9 taken, 1 left out: 1 .mp4" in out
+    assert "--data has no labels: k-NN classifies each image of --val by the others of --val" in out
+    assert "step 1: k-NN of the teacher within --val " in out
+    with pytest.raises(ValueError, match="no labels"):
+        train.train(make_config(data, tmp_path / "other", **flags | {"val": str(data)}))
+
+
 def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastdino.train", *flags], capture_output=True, text=True)
 
@@ -543,13 +558,6 @@ def test_the_backbone_is_still_while_the_head_warms_up(tmp_path: Path, images: P
     train.train(again)
     end = final_tensors(tmp_path / "again", 6)
     assert all(torch.equal(end[name], tensor) for name, tensor in found[6].items())
-
-
-def test_a_head_warmup_as_long_as_the_run_is_refused(tmp_path: Path, images: Path) -> None:
-    path = released(tmp_path, images)
-    config = make_config(images, tmp_path / "run", epochs=1, init_from=str(path), head_warmup_steps=2)
-    with pytest.raises(ValueError, match="--head-warmup-steps 2: the run has 2 updates"):
-        train.train(config)
 
 
 # The loss is about ln 96 = 4.6 and falls by 0.3 in these ten updates; bf16 rounds each number to 0.4 %.
