@@ -610,7 +610,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
                 bottleneck_dim=128,
             ),
             method=MethodConfig(momentum_teacher="auto"),
-            optim=OptimConfig(epochs=9, lr="auto"),
+            optim=OptimConfig(epochs=9, warmup_epochs=1, lr="auto"),
             run=RunConfig(save_every=200, knn_every_epochs=3),
         ),
     ),
