@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from fastdino.checkpoint_reader import Reader, check, digests, misfit, read_info, read_metadata
-from fastdino.config import Config, from_dict, to_dict
+from fastdino.config import Config, flag, from_dict, to_dict
 from fastdino.distributed import cpu_group, full_tensor, gather, on_rank_zero, rank, world_size
 from fastdino.files import (
     Lock,
@@ -146,11 +146,6 @@ def _as_dict(config: Config) -> dict[str, Any]:
 def write_config(out: Path, config: Config) -> None:
     """Write config.json."""
     write_text(out / "config.json", json.dumps(_as_dict(config), indent=2) + "\n")
-
-
-def flag(name: str) -> str:
-    """The flag of a field by its dotted name."""
-    return f"--{name.split('.')[-1].replace('_', '-')}"
 
 
 def _check_same_run(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:

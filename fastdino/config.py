@@ -22,15 +22,16 @@ def _check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def flag(name: str) -> str:
+    """The flag of a field by its name, or its dotted name."""
+    return f"--{name.rpartition('.')[2].replace('_', '-')}"
 
 
 def _check_each(config: Any, names: str, ok: Callable[[Any], bool], advice: str) -> None:
     """Check the fields of these names, one after the other; a number that is still `auto` passes."""
     for name in names.split():
         value = getattr(config, name)
-        _check(value == "auto" or ok(value), f"{_flag(name)} {value}: {advice}")
+        _check(value == "auto" or ok(value), f"{flag(name)} {value}: {advice}")
 
 
 def _check_least(config: Any, least: int, names: str, unit: str = "") -> None:
@@ -87,7 +88,7 @@ class CropPolicy:
             low, high = getattr(self, name)
             _check(
                 0 < low <= high <= 1,
-                f"{_flag(name)} {low} {high}: give two shares of the area, 0 < low <= high <= 1",
+                f"{flag(name)} {low} {high}: give two shares of the area, 0 < low <= high <= 1",
             )
         low, high = self.aspect_ratio
         _check(0 < low <= high, f"--aspect-ratio {low} {high}: give two positive ratios, the smaller first")
@@ -408,11 +409,28 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             value = from_dict(kind, value)
         elif not _is_of(value, kind):
-            raise ValueError(f"{_flag(name)} is {reprlib.repr(value)}, which it cannot be")
+            raise ValueError(f"{flag(name)} is {reprlib.repr(value)}, which it cannot be")
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value
     return cls(**made)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field; whole numbers are floats too, and lists are tuples."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in inner
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if inner:
+        return any(_is_of(value, one) for one in inner)
+    if kind in (int, float):
+        return type(value) in (int, kind) and -(2**62) < value < 2**62  # neither NaN nor infinite
+    return type(value) is kind and not (kind is str and "\0" in value)
 
 
 # Flags of official DINO, solo-learn, lightly and timm, and what is given here in their place; by underscores.
@@ -456,14 +474,14 @@ def hints(arguments: list[str]) -> list[str]:
     switches = {name for name, default in _leaves(Config()).items() if isinstance(default, bool)}
     sentences = []
     for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, _, value = given.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--"):
+        word, _, value = given.partition("=")
+        name = word.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
             continue
         if name in here:
-            sentences.append(f"{flag} of other trainers is here {here[name]}")
+            sentences.append(f"{word} of other trainers is here {here[name]}")
         elif name in switches and (value or following).lower() in ("true", "false", "0", "1"):
-            sentences.append(f"{flag} takes no value here: give {_flag(name)} or {_flag(f'no_{name}')}")
+            sentences.append(f"{word} takes no value here: give {flag(name)} or {flag(f'no_{name}')}")
     return list(dict.fromkeys(sentences))
 
 
@@ -494,23 +512,6 @@ def lr_warmup(config: OptimConfig) -> float:
 def temperature_warmup(config: Config) -> int:
     """Epochs of teacher-temperature warm-up; the published recipe's are 30, three tenths of 100."""
     return round(warmup_length(config.method.warmup_teacher_temp_epochs, 30, 0.3, config.optim.epochs))
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of the type of a field; whole numbers are floats too, and lists are tuples."""
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in inner
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
-        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
-    if inner:
-        return any(_is_of(value, one) for one in inner)
-    if kind in (int, float):
-        return type(value) in (int, kind) and -(2**62) < value < 2**62  # neither NaN nor infinite
-    return type(value) is kind and not (kind is str and "\0" in value)
 
 
 IMAGES_A_PROTOTYPE = 8

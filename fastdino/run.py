@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from fastdino import checkpoint, distributed
-from fastdino.config import Config
+from fastdino.config import Config, flag
 from fastdino.files import append_text
 from fastdino.monitor import read_metrics
 from fastdino.optim import Schedule
@@ -75,14 +75,11 @@ def with_numbers_of_run(config: Config) -> Config:
     stored = distributed.on_rank_zero(lambda: checkpoint.stored_config(Path(config.run.out)))
     if stored is None:
         return config
-    model, method, optim = config.model, config.method, config.optim
-    if model.out_dim == "auto":
-        model = replace(model, out_dim=stored.model.out_dim)
-    if method.momentum_teacher == "auto":
-        method = replace(method, momentum_teacher=stored.method.momentum_teacher)
-    if optim.lr == "auto":
-        optim = replace(optim, lr=stored.optim.lr)
-    return replace(config, model=model, method=method, optim=optim)
+    for part in ("model", "method", "optim"):  # where `resolve_auto` puts numbers
+        now, was = getattr(config, part), getattr(stored, part)
+        numbers = {name: getattr(was, name) for name, value in vars(now).items() if value == "auto"}
+        config = replace(config, **{part: replace(now, **numbers)})
+    return config
 
 
 PRECISIONS = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
@@ -237,7 +234,7 @@ class Run:
         path = self.out / "changes.jsonl"
         lines, said = "", []
         for name, (was, now) in changed.items():
-            what = "images" if name == "images" else checkpoint.flag(name)
+            what = "images" if name == "images" else flag(name)
             lines += json.dumps({**kept, "flag": what, "was": was, "now": now}) + "\n"
             shown = "others than before" if name == "images" else f"was {was!r}, now {now!r}"
             said.append(f"{what}: {shown}" + (", without effect" if name == "model.init_from" else ""))

@@ -134,6 +134,17 @@ def test_a_finished_run_is_extended_and_the_jump_of_its_learning_rate_is_said(
     assert max(checkpoint.checkpoints(out)) == 8
 
 
+def test_a_warm_up_that_auto_chose_stays_when_the_run_is_extended(images: Path, tmp_path: Path) -> None:
+    """For more epochs `auto` would choose another one, which --extend does not allow."""
+    out, auto = tmp_path / "run", {"warmup_epochs": "auto", "warmup_teacher_temp_epochs": "auto"}
+    go_on(images, out, **auto)
+    chosen = from_dict(Config, json.loads((out / "config.json").read_text()))
+    assert (chosen.optim.warmup_epochs, chosen.method.warmup_teacher_temp_epochs) == (0.2, 1)
+    assert go_on(images, out, epochs=10, extend=True, **auto)["step"] == 20
+    now = from_dict(Config, json.loads((out / "config.json").read_text()))
+    assert (now.optim.warmup_epochs, now.method.warmup_teacher_temp_epochs) == (0.2, 1)
+
+
 def test_fewer_epochs_than_done_are_refused_with_how_many_it_takes(images: Path, run: Path) -> None:
     told = refusal(images, run, epochs=1, extend=True)
     assert told.startswith(
