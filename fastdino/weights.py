@@ -321,6 +321,7 @@ def load_backbone_state(network: nn.Module, state: dict[str, Tensor], path: str)
         ValueError: tensors that are missing, unexpected or of another shape, all listed.
     """
     state, notes = _fitted(network, state, path)
+    notes += _not_finite(state)
     own = network.state_dict()
     own.update(state)  # keeps the versions by which some modules of torchvision read their tensors
     network.load_state_dict(own)
@@ -364,7 +365,7 @@ def _fitted(network: nn.Module, state: dict[str, Tensor], path: str) -> tuple[di
             + "\n  ".join(problems)
             + (f"\nThe file is {flags}." if flags else "")
         )
-    return state, notes + _not_finite(state)
+    return state, notes
 
 
 def _not_finite(state: dict[str, Tensor]) -> list[str]:
