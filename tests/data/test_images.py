@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdino.data import open_source
 from fastdino.data.images import Unreadable, read_image
 
 RNG = np.random.default_rng(0)
@@ -256,3 +257,12 @@ def test_a_folder_in_an_image_s_place_is_unreadable(tmp_path):
 def test_unreadable_pickles():
     error = pickle.loads(pickle.dumps(Unreadable("a.png", "truncated")))
     assert (error.path, error.reason, str(error)) == ("a.png", "truncated", "a.png: truncated")
+
+
+def test_heic_is_read_where_its_library_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (40, 30), (200, 60, 20))
+    image.save(tmp_path / "a.heic", quality=100)
+    source = open_source(str(tmp_path))
+    assert source.load(0).size == source.size(0) == (40, 30)
+    assert np.abs(np.asarray(source.load(0)).astype(int) - np.asarray(image)).max() <= 4
