@@ -6,11 +6,13 @@ other in the decoder alone: not at all on a CPU, where both use libjpeg-turbo, a
 rounding.
 """
 
+import gc
 import io
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -123,6 +125,16 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
         return None
 
 
+@cache
+def _keep_garbage_from_children() -> None:
+    """Let no process that is forked from now on collect what is garbage here.
+
+    A pipeline may be among it: in a child its destructor would wait for ever for threads that only the parent
+    has, wherever the child happened to collect.
+    """
+    os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
+
+
 class DaliLoader(Loader):
     """Iterates over a run's batches, decoded by DALI, with views on `device`."""
 
@@ -138,6 +150,7 @@ class DaliLoader(Loader):
         from nvidia.dali import Pipeline, fn
         from nvidia.dali.types import UINT8  # type: ignore[attr-defined]  # made at run time
 
+        _keep_garbage_from_children()
         pipeline = Pipeline(
             batch_size=self.batch,
             num_threads=self.threads,

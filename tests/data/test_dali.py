@@ -1,9 +1,12 @@
 """The DALI loader, run on the CPU: the same batches as the other one, whatever the files are."""
 
 import builtins
+import gc
 import io
 import json
 import os
+import signal
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -483,6 +486,41 @@ def test_an_iteration_that_fails_leaves_no_pipeline(folder, monkeypatch):
         load(folder)
     assert [pipeline() for pipeline in made] == [None]  # though `caught` still holds the loader's frames
     assert caught.value
+
+
+def test_a_forked_process_does_not_collect_a_pipeline_that_is_garbage(folder):
+    """Its destructor waits for threads; the child would collect wherever it happens to be."""
+    loader = make_loader(
+        open_source(str(folder)),
+        POLICY,
+        loader="dali",
+        batch_size=4,
+        pieces=1,
+        seed=0,
+        start_step=0,
+        total_steps=1,
+        workers=0,
+    )
+    cycle = [loader._build()]
+    cycle[0].feed_input("files", [np.frombuffer((folder / "00.jpg").read_bytes(), np.uint8)] * 4)
+    cycle[0].run()
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        if (child := os.fork()) == 0:
+            gc.collect()
+            os._exit(7)
+        until = time.monotonic() + 120
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.05)
+        if done == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    finally:
+        gc.enable()
+    assert os.waitstatus_to_exitcode(done[1]) == 7
+    assert done[0] == child
 
 
 # --- the choice, and training
